@@ -1,0 +1,1 @@
+"""Pluggable storage backends for anything that builds in steps."""
