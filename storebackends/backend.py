@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NotSupported
+from .errors import NotFound, NotSupported
+from .records import Record
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -55,9 +56,19 @@ class Entry:
     """One build or one result: a folder, and where its parts are. Says nothing of whether they exist."""
 
     id: str
-    attempt: str
-    folder: Path
-    base: str | None = None
+    folder: Path  # in-progress/ID~ATTEMPT or result/ID
+
+    @property
+    def attempt(self) -> str:
+        """The nonce of the try that made it: in a build's path; read from the record of a result."""
+        return self.folder.name.partition("~")[2] or self.read().attempt
+
+    def read(self) -> Record:
+        """Read build.json. Raises NotFound where there is none, StoreError where it is broken."""
+        try:
+            return Record.load(self.record)
+        except FileNotFoundError:
+            raise NotFound(self.id, f"{self.record} is not there: {self.id!r} was deleted, or is not ours") from None
 
     @property
     def log(self) -> Path:
@@ -155,11 +166,11 @@ class Backend(ABC):
         """Let go of what open() took. Twice is fine."""
 
     @abstractmethod
-    def build(self, id: str, base: str | None, attempt: str) -> Entry:
+    def build(self, id: str, base: str | None, attempt: str, record: Record | None = None) -> Entry:
         """Begin a build: a private writable tree, equal to that of result *base* or empty.
 
-        The record is on disk before any resource that a crash could leave. Raises BaseNotFound before any change;
-        on every failure nothing is left. Costs what a clone costs here.
+        *record* (by default one that names no builder) is on disk before any resource that a crash could leave.
+        Raises BaseNotFound before any change; on every failure nothing is left. Costs what a clone costs here.
         """
 
     @abstractmethod

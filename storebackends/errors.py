@@ -6,7 +6,10 @@ pickling with all of them: builds are waited for across threads and processes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class StoreError(Exception):
@@ -126,3 +129,14 @@ class PluginError(StoreError):
     def __init__(self, plugin: str, reason: str, distribution: str | None = None) -> None:
         super().__init__(f"plugin {plugin!r}{f' of {distribution}' if distribution else ''}: {reason}")
         self.plugin, self.reason, self.distribution = plugin, reason, distribution
+
+
+@contextmanager
+def explained(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an OSError of the block into NoSpace, or a StoreError that says *what* failed; it stays as the cause."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NoSpace(os.fspath(path), f"{what}: {error.strerror}") from error
+        raise StoreError(f"{what} failed: {error}") from error

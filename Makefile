@@ -1,0 +1,52 @@
+# Each target sets up what it needs: a virtual environment in .venv and, as root on Debian, the packages that tests use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# What the tests start. Without one of them its tests are skipped, and the end of the run says so.
+PACKAGES := acl attr btrfs-progs bubblewrap e2fsprogs rsync util-linux xfsprogs
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test wheel-test check docs soak bench packages clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+
+demo: $(READY) ## build this project's wheel in cached steps: cold, cached, and after a change
+	PATH="$(CURDIR)/$(BIN):$$PATH" docs/examples/demo.sh
+
+test: $(READY) packages ## every test this machine can run; ends with what was skipped, and why
+	@.ci/wheel-test; wheel=$$?; \
+	echo "== the tests, as $$(id -un) =="; $(BIN)/pytest && exit $$wheel
+
+wheel-test: $(READY) packages ## the tests against the built wheel, away from the source; for root, as nobody
+	.ci/wheel-test
+
+check: $(READY) ## style, types for Linux, macOS and Windows, and the tests that need no root
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	for platform in linux darwin win32; do \
+	    $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; \
+	done
+	$(BIN)/pytest -m "not root and not soak"
+
+docs: $(READY) ## the examples of the documentation
+	$(BIN)/pytest -m docs
+
+soak: $(READY) packages ## the long tests
+	$(BIN)/pytest -m soak --timeout 3600
+
+bench: $(READY) packages ## measure, compare and hold to the ratios promised
+	$(BIN)/python -m tests.benchmarks
+
+packages:
+	@.ci/debian $(PACKAGES)
+
+$(READY): pyproject.toml .ci/setup
+	PYTHON="$(PYTHON)" .ci/setup
+	@touch $@
+
+clean: ## remove what the targets made here
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage* dist build htmlcov
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

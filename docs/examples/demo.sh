@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Builds this project's wheel by docs/examples/wheel.toml three times: from nothing, again, and after a change. Takes the
+# default backend, no root and no daemon; writes to a temporary folder only, and removes it. `make demo` runs it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=$(command -v python)
+room=$(mktemp -d)
+trap 'chmod -R u+rwX "$room"; rm -rf "$room"' EXIT
+
+say() { printf '\n== %s\n' "$*"; }
+
+build() {
+    echo "\$ storebackends build docs/examples/wheel.toml"
+    storebackends build "$room/project/docs/examples/wheel.toml" --set PYTHON="$python"
+}
+
+say "A copy of the source, and a store, in $room"
+mkdir "$room/project"
+cp -R pyproject.toml README.md LICENSE storebackends plugins docs "$room/project"
+cat >"$room/config.toml" <<END
+default = "demo"
+
+[stores.demo]
+path = "$room/store"
+durability = "none"  # thrown away below
+END
+export STOREBACKENDS_CONFIG=$room/config.toml
+case $python in
+    /build/* | /run/* | /tmp/*)
+        echo "(a sandbox has a ${python%"${python#/*/}"} of its own, where it would not find $python: these steps run on the host)"
+        sed -i 's/^\[recipe\]$/&\nsandbox = "host"/' "$room/project/docs/examples/wheel.toml"
+        ;;
+esac
+
+say "From nothing: every step runs"
+build
+
+say "Again: every step is cached"
+build
+
+say "README.md changes: what depends on it runs again, the rest is cached"
+echo "One more line." >>"$room/project/README.md"
+build
+
+say "The wheels, in the results that hold them"
+find "$room/store/result" -path '*/dist/*.whl' -printf '%P\n' | sort

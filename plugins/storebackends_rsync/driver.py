@@ -1,0 +1,73 @@
+"""Trees as plain folders, cloned by one rsync.
+
+A file of a published tree may be linked from others, so nothing here ever writes to, chmods, chowns or touches one:
+rsync makes new files only, links are made, and removal changes the mode of folders at most.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from storebackends.plugin import Capability, CommandFailed, Entry, EntryBackend, NoSpace, NotSupported, tool, trees
+
+from . import RsyncOptions, probe
+
+# A window of -1 compares times to the nanosecond. With the default, rsync leaves alone the time of a folder, link or
+# device it has just made if that is right to the second, and a file that differs by less would be linked to its base.
+_RSYNC = ("rsync", "-aHAXS", "--numeric-ids", "--modify-window=-1")
+_TIMEOUT = 24 * 3600.0  # a bound, not an expectation: what rsync needs depends on the tree alone
+
+
+class RsyncBackend(EntryBackend):
+    """See the module and `RsyncOptions.mode`."""
+
+    options: RsyncOptions
+
+    def open(self) -> None:
+        """Raises NotSupported where there is no fitting rsync."""
+        support = probe(self.root)
+        if not support.usable:
+            raise NotSupported("an rsync store", support.reason, support.fix)
+        super().open()
+        self.capabilities = trees.capabilities(self.trash)
+        if self.options.mode != "copy":
+            self.capabilities -= {Capability.DETACHED}
+
+    def clone(self, source: Entry | None, entry: Entry) -> None:
+        """Copy the tree by rsync, or make it of links."""
+        tree = self.tree(entry)
+        if source is None:
+            trees.create(tree)
+        elif self.options.mode == "hardlink_unsafe":
+            _rsync(self.tree(source), tree, link_to=self.tree(source))
+        else:
+            _rsync(self.tree(source), tree)
+
+    def seal(self, entry: Entry) -> None:
+        """In hardlink mode, link what equals the base: beside the tree, which is then replaced by one rename."""
+        base = entry.read().base if self.options.mode == "hardlink" else None
+        source = self.result(base) if base is not None else None
+        if source is None:
+            return
+        tree, linked, spent = (entry.folder / name for name in (self.tree(entry).name, "linked", "spent"))
+        trees.remove(linked)  # of an earlier try
+        # By content too: a build may have written other bytes of the same length and set the old time.
+        _rsync(tree, linked, "--checksum", link_to=self.tree(source))
+        os.rename(tree, spent)
+        os.rename(linked, tree)
+        trees.remove(spent)
+
+
+def _rsync(source: Path, dest: Path, *options: str, link_to: Path | None = None) -> None:
+    links = [f"--link-dest={os.path.abspath(link_to)}"] if link_to else []
+    try:
+        # Absolute, since rsync takes what comes before a colon for a host; with a slash, since it means the contents.
+        tool(
+            [*_RSYNC, *options, *links, "--", f"{os.path.abspath(source)}/", f"{os.path.abspath(dest)}/"],
+            timeout=_TIMEOUT,
+        )
+    except CommandFailed as error:
+        if "(28)" in error.stderr or "(122)" in error.stderr:  # ENOSPC and EDQUOT, as rsync prints them
+            raise NoSpace(str(dest), "rsync found it full") from error
+        raise

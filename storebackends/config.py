@@ -1,0 +1,279 @@
+"""The host's one TOML file: which stores there are. Read whole, checked whole, every problem reported at once.
+
+The first of these files is the configuration; they are never merged, so what one reads is what holds:
+
+    $STOREBACKENDS_CONFIG                 set and missing is an error
+    the user's configuration folder       ~/.config/storebackends/config.toml, or what the platform has instead
+    /etc/storebackends/config.toml        on Windows below %ProgramData%
+
+Where none is, or it names no store, there is one: "default", of the backend `copy`, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+import platformdirs
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, to_json
+
+from .backend import BackendSpec
+from .errors import ConfigError, PluginError
+from .registry import Registry, close_matches
+
+APP = "storebackends"
+VARIABLE = "STOREBACKENDS_CONFIG"
+SITE = platformdirs.site_config_path(APP, appauthor=False) if sys.platform == "win32" else Path("/etc", APP)
+
+Durability = Literal["group", "full", "none"]
+_T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=BaseModel)
+_Where = tuple[str | int, ...]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """One ``[stores.NAME]``: everything that opening the store takes. *options* is an instance of spec.options."""
+
+    name: str
+    backend: str
+    path: Path
+    durability: Durability
+    options: BaseModel
+    spec: BackendSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A configuration without problems; *source* is its file, None where there is none."""
+
+    source: Path | None
+    default: str
+    plugins: Sequence[str]
+    stores: Mapping[str, StoreConfig]
+
+    def store(self, name: str | None = None) -> StoreConfig:
+        """Return the store called *name*, or the default one. Raises ConfigError with close matches."""
+        name = self.default if name is None else name
+        if name not in self.stores:
+            raise ConfigError(_named(self.source), [f"stores: {_no_store(name, self.stores)}"])
+        return self.stores[name]
+
+    def show(self) -> dict[str, Any]:
+        """All of it, defaults filled in, as `json.dumps` takes it."""
+        stores = {
+            store.name: {"backend": store.backend, "path": str(store.path), "durability": store.durability}
+            | store.options.model_dump(mode="json", by_alias=True)
+            for store in self.stores.values()
+        }
+        source = None if self.source is None else str(self.source)
+        return {"source": source, "default": self.default, "plugins": list(self.plugins), "stores": stores}
+
+
+def places() -> Sequence[Path]:
+    """The files that may be the configuration, the first that exists wins; an empty variable is as good as none."""
+    if named := os.environ.get(VARIABLE):
+        return (Path(named),)
+    return tuple(folder / "config.toml" for folder in (platformdirs.user_config_path(APP, appauthor=False), SITE))
+
+
+def load(path: Path | None = None) -> Config:
+    """Read the configuration from *path*, or from the first of `places()` that exists.
+
+    Imports the plugins of the backends that its stores name, not their drivers, and touches no store. Raises
+    ConfigError with every problem there is.
+    """
+    candidates = places() if path is None else (path,)
+    for place in candidates:
+        try:
+            data = place.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            reason = f"cannot be read: {error.strerror}; mend that, or name another file in ${VARIABLE}"
+            raise ConfigError(str(place), [reason]) from error
+        return _Check(place).config(_parse(place, data))
+    if path is not None or os.environ.get(VARIABLE):
+        by = f", though ${VARIABLE} names it" if path is None else ""
+        raise ConfigError(str(candidates[0]), [f"there is no such file{by}; create it or name another"])
+    return _Check(None).config({})
+
+
+def validate_options(spec: BackendSpec, options: Mapping[str, Any], where: str) -> BaseModel:
+    """Return *options* as the model of the backend *spec*; ConfigError of the source *where* has every problem."""
+    problems: list[str] = []
+    checked = _validate(spec.options, options, problems)
+    if checked is None:
+        raise ConfigError(where, problems)
+    return checked
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Host(_Table):
+    default: str | None = None
+    plugins: tuple[str, ...] = ()
+    stores: dict[str, Any] = {}
+
+
+def _absolute(path: Path) -> Path:
+    path = Path(os.path.expanduser(path))
+    if not path.is_absolute():
+        raise ValueError("should be an absolute path, or start with ~/")
+    os.path.realpath(path)  # ValueError for what no file system can hold, such as a NUL
+    return path
+
+
+class _Store(_Table):
+    """The keys that every ``[stores.NAME]`` may have; all others are options of its backend."""
+
+    path: Annotated[Path, AfterValidator(_absolute)]
+    backend: str = "copy"
+    durability: Durability = "group"
+
+
+class _Check:
+    """One pass over a parsed file. Goes on after a problem, with what can still be judged, to find the others."""
+
+    def __init__(self, source: Path | None) -> None:
+        self.source = source
+        self.problems: list[str] = []
+        self.registry = Registry()
+
+    def config(self, data: Mapping[str, Any]) -> Config:
+        keys: dict[str, Any] = {}
+        for key, value in data.items():  # one by one: a wrong one must not hide what the others say
+            if part := _validate(_Host, {key: value}, self.problems):
+                keys |= part.model_dump(exclude_unset=True)
+        host = _Host(**keys)
+        for number, plugin in enumerate(host.plugins):
+            self._plugin(self.registry.find, plugin, "plugins", number)
+        tables = host.stores or {"default": {"path": str(_user_cache() / "store")}}
+        stores = {name: store for name, table in tables.items() if (store := self._store(name, table))}
+        self._check_paths(stores.values())
+        default = self._default(host.default, list(tables))
+        if self.problems:
+            raise ConfigError(_named(self.source), self.problems)
+        return Config(self.source, default, host.plugins, MappingProxyType(stores))
+
+    def _store(self, name: str, table: object) -> StoreConfig | None:
+        where = ("stores", name)
+        if not isinstance(table, dict):
+            self._problem(where, f"should be a table, not {reprlib.repr(table)}")
+            return None
+        if not _NAME.fullmatch(name):
+            self._problem(where, "a store's name has letters, digits and . _ - only, and starts with no . _ or -")
+        own = {key: table[key] for key in table.keys() & _Store.model_fields.keys()}
+        common = _validate(_Store, own, self.problems, where)
+        # Judged even when `path` is missing; a backend that is no string was reported just now.
+        backend = own.get("backend", "copy")
+        spec = self._plugin(self.registry.spec, backend, *where, "backend") if isinstance(backend, str) else None
+        if spec is None:
+            return None
+        rest = {key: table[key] for key in table if key not in own}
+        options = _validate(spec.options, rest, self.problems, where)
+        if common is None or options is None:
+            return None
+        return StoreConfig(name, common.backend, common.path, common.durability, options, spec)
+
+    def _plugin(self, look_up: Callable[[str], _T], name: str, *where: str | int) -> _T | None:
+        try:
+            return look_up(name)
+        except PluginError as error:
+            self._problem(where, str(error))
+            return None
+
+    def _check_paths(self, stores: Iterable[StoreConfig]) -> None:
+        owners: dict[str, str] = {}
+        for store in stores:
+            owner = owners.setdefault(os.path.normcase(os.path.realpath(store.path)), store.name)
+            if owner != store.name:
+                reason = f"{str(store.path)!r} is the folder of stores.{owner} already; give each store its own"
+                self._problem(("stores", store.name, "path"), reason)
+
+    def _default(self, default: str | None, names: Sequence[str]) -> str:
+        """The store meant when none is named: the one that is said to be, or the only one, or the one so called."""
+        if default is None and len(names) == 1:
+            return names[0]
+        if default is None and "default" not in names:
+            self._problem(("default",), f"is missing; name one of the stores: {', '.join(map(repr, names))}")
+        elif default is not None and default not in names:
+            self._problem(("default",), _no_store(default, names))
+        return default or "default"
+
+    def _problem(self, where: _Where, reason: str) -> None:
+        self.problems.append(_at(where, reason))
+
+
+def _parse(place: Path, data: bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors write the mark
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        reason = f"is not UTF-8: byte 0x{error.object[error.start]:02x} in line {line}; save it as UTF-8"
+        raise ConfigError(str(place), [reason]) from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is not a TOMLDecodeError
+        raise ConfigError(str(place), [f"is not valid TOML: {error}"]) from error
+
+
+def _validate(model: type[_Model], data: Mapping[str, Any], problems: list[str], where: _Where = ()) -> _Model | None:
+    """Return *data*, the table at *where*, as a *model*; or None, and add what is wrong to *problems*.
+
+    By way of JSON: pydantic's strict mode then takes a string for a path, which TOML cannot tell apart, but not for
+    an integer, which it can.
+    """
+    try:
+        return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
+    except ValidationError as error:
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        known = {*names, *(_Store.model_fields if where else ())}
+        details = error.errors(include_url=False)
+        problems += [_at((*where, *detail["loc"]), _reason(detail, known)) for detail in details]
+    except ValueError as error:
+        problems.append(_at(where, f"cannot be written as TOML: {error}"))
+    return None
+
+
+def _reason(detail: ErrorDetails, known: Iterable[str]) -> str:
+    kind, loc = detail["type"], detail["loc"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "extra_forbidden":
+        return "is no known key" + (_suggest(str(loc[0]), known) if len(loc) == 1 else "")
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("an object", "a table")
+    return f"{message}, not {reprlib.repr(detail['input'])}"
+
+
+def _at(where: _Where, reason: str) -> str:
+    dotted = ".".join(part if _BARE.fullmatch(part) else json.dumps(part) for part in map(str, where))
+    return f"{dotted}: {reason}" if dotted else reason
+
+
+def _suggest(word: str, known: Iterable[str]) -> str:
+    return close_matches(word, known) or f"; those known: {', '.join(sorted(known))}"
+
+
+def _no_store(name: str, names: Iterable[str]) -> str:
+    return f"there is no store {name!r}" + _suggest(name, names)
+
+
+def _named(source: Path | None) -> str:
+    return "the configuration without a file" if source is None else str(source)
+
+
+def _user_cache() -> Path:
+    return platformdirs.user_cache_path(APP, appauthor=False)

@@ -1,0 +1,238 @@
+"""What a power cut may cost: the newest results under `group`, none under `full`; never a broken one that looks whole.
+
+A rename can survive a crash that the files' contents do not. So an entry bears the empty file `synced` once all of it
+is known to be on the disk, and the first open in another boot drops the entries that lack it.
+
+    group   publish at once; a barrier in the background, then the marks
+    full    barrier, mark, publish, fsync of the folder; then build() returns
+    none    nothing, for throw-away stores
+
+Where there is no syncfs(2) (macOS, Windows) the files are flushed one by one before the rename.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from .backend import Entry
+from .errors import StoreError
+from .records import Record
+
+log = logging.getLogger(__name__)
+
+SYNCED, SUSPECT = "synced", "suspect"
+PAUSE = 2.0  # seconds between a publication and the barrier that covers it and all that follow meanwhile
+
+
+def boot_id() -> str:
+    """The kernel's id of the running boot, or "" where it tells none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _syncfs() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    function: Callable[[int], int] = ctypes.CDLL(None, use_errno=True).syncfs
+    return function
+
+
+class Durability:
+    """The barrier of one open store."""
+
+    def __init__(self, mode: str, paths: Sequence[Path], results: Path) -> None:
+        """*paths*: a folder on each file system that holds trees; *results*: the folder of the published entries."""
+        self._mode, self._results = mode, results
+        self._wake = threading.Condition()
+        self._pending: dict[str, str] = {}  # id -> attempt, published and not known to be on the disk
+        self._scanned = self._closing = False
+        self._thread: threading.Thread | None = None
+        # Opened now: the kernel reports a failed write-back to descriptors that were open before it.
+        self._descriptors = [] if mode == "none" else [os.open(p, os.O_RDONLY) for p in paths if _syncfs()]
+
+    def before_rename(self, entry: Entry, tree: Path | None, sealed_durably: bool) -> None:
+        """Called with the entry finished and before it is published. Raises StoreError where the disk fails."""
+        if self._mode == "none" or (self._mode == "group" and self._descriptors):
+            return
+        if not sealed_durably:
+            self.barrier() if self._descriptors else _flush(entry.folder, tree)
+        _touch(entry.synced)
+        _fsync(entry.synced)
+        _fsync(entry.folder)
+
+    def published(self, entry: Entry, attempt: str) -> None:
+        """Called after the rename."""
+        if self._mode == "full":
+            _fsync(entry.folder.parent)
+        if self._mode == "group" and self._descriptors:
+            with self._wake:
+                self._pending[entry.id] = attempt
+                self._start_thread()
+                self._wake.notify()
+
+    def ensure(self, entry: Entry) -> None:
+        """With `full`, wait until an entry that some other mode or version left unmarked is on the disk."""
+        if self._mode == "full" and not entry.synced.exists():
+            self.barrier()
+            self._mark(entry.id, entry.attempt, SYNCED)
+
+    def barrier(self) -> None:
+        """Bring all that was written before the call to the disk. Raises StoreError where the disk fails."""
+        syncfs = _syncfs()
+        for descriptor in self._descriptors:
+            if syncfs and syncfs(descriptor) != 0:
+                reason = os.strerror(ctypes.get_errno())
+                raise StoreError(
+                    f"the disk below {self._results} failed to write: {reason}; look into the kernel's log"
+                )
+
+    def pending(self) -> bool:
+        """Is there something published by this store object that a power cut could still cost?"""
+        return bool(self._pending)
+
+    def flush(self) -> None:
+        """One barrier now, then the marks of all that was published before it, whoever published that.
+
+        Where the disk fails, they are marked `suspect`: the kernel tells of a failure once, and drops the data it could
+        not write, so that a later barrier which succeeds proves nothing for them. Raises StoreError then.
+        """
+        attempts, mark = self._take(), SUSPECT
+        try:
+            self.barrier()
+            mark = SYNCED
+        finally:
+            for id, attempt in attempts.items():
+                self._mark(id, attempt, mark)
+
+    def close(self, flush: bool = True) -> None:
+        """End the thread; unless *flush* is False, bring the last publications to the disk. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+        try:
+            if flush and self._pending:
+                self.flush()
+        finally:
+            while self._descriptors:
+                os.close(self._descriptors.pop())
+
+    def abandon(self) -> None:
+        """In a forked child: close what it inherited, do nothing else."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    # Inside.
+
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="storebackends-barrier", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._pending or self._closing)
+                # More publications are sure to follow a first one: let them share the barrier.
+                if self._closing or self._wake.wait_for(lambda: self._closing, PAUSE):
+                    return
+            try:
+                self.flush()
+            except StoreError as error:
+                log.error("%s", error)
+
+    def _take(self) -> dict[str, str]:
+        with self._wake:
+            attempts, self._pending = self._pending, {}
+            scanned, self._scanned = self._scanned, True
+        if not scanned:  # once: what earlier processes published and did not live to mark
+            attempts = {id: attempt for id, attempt in _unmarked(self._results) if attempt} | attempts
+        return attempts
+
+    def _mark(self, id: str, attempt: str, mark: str) -> None:
+        # By descriptor, and only if it is the attempt that the barrier covered: the id may have been built again since.
+        with suppress(FileNotFoundError):
+            folder = os.open(self._results / id, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+            try:
+                if _attempt_in(folder) == attempt:
+                    _touch(mark, dir_fd=folder)
+            except (OSError, StoreError) as error:
+                log.warning("%s stays unmarked: %s", self._results / id, error)
+            finally:
+                os.close(folder)
+
+
+def unsynced(results: Path, boot: str) -> set[str]:
+    """The ids whose contents an unclean end of another boot may have cost: unmarked, and not of this boot."""
+    lost = set()
+    for id, _ in _unmarked(results):
+        try:
+            if Entry(id, results / id).read().boot == boot:
+                continue
+        except StoreError as error:  # a torn record is the very sign that is looked for
+            log.warning("%s", error)
+        lost.add(id)
+    return lost
+
+
+def _unmarked(results: Path) -> Iterable[tuple[str, str]]:
+    """(id, attempt) of what lacks the mark; no attempt where the record is broken, or the disk failed to write it."""
+    for name in os.listdir(results):
+        folder = results / name
+        if os.path.lexists(folder / SYNCED) or not folder.is_dir():
+            continue
+        try:
+            attempt = Entry(name, folder).attempt
+        except StoreError:
+            attempt = ""
+        yield name, "" if os.path.lexists(folder / SUSPECT) else attempt
+
+
+def _attempt_in(folder: int) -> str:
+    descriptor = os.open("build.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+    with open(descriptor, "rb") as file:
+        return Record.parse(file.read(), Path("build.json")).attempt
+
+
+def _touch(path: Path | str, dir_fd: int | None = None) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=dir_fd))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(folder: Path, tree: Path | None) -> None:
+    """Flush every regular file below an entry; following no link."""
+    for top in (folder, tree):
+        for parent, _, names in os.walk(top) if top else ():
+            for name in names:
+                path = Path(parent, name)
+                if path.is_file() and not path.is_symlink():
+                    _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    # Windows flushes only what is open for writing; a read-only file there was flushed when it was closed.
+    with suppress(PermissionError):
+        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

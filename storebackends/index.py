@@ -1,0 +1,163 @@
+"""What would cost a walk over the disk to find out: who was built on whom, and when a result was last used.
+
+An index, never the truth: the disk is. It may be lost, stale or unwritable, and then costs time or order, nothing else.
+A parent edge is written before the child's tree exists; what a lost index forgot is read back from the records of the
+results when it is first asked.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from .backend import Entry
+from .errors import StoreError
+
+log = logging.getLogger(__name__)
+
+BATCH = 256  # uses of results that may wait in memory to be written
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+CREATE TABLE IF NOT EXISTS results (
+    id TEXT PRIMARY KEY, attempt TEXT NOT NULL, base TEXT, created REAL NOT NULL, used REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS children ON results (base) WHERE base IS NOT NULL;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the index knows of an id. *created* and *used* are seconds since the epoch."""
+
+    id: str
+    attempt: str
+    base: str | None
+    created: float
+    used: float
+
+
+class Index:
+    """The SQLite file of one open store; safe to use from several threads."""
+
+    def __init__(self, root: Path, results: Path) -> None:
+        self._path, self._dirty, self._results = root / "index.sqlite", root / "index.dirty", results
+        self._lock = threading.RLock()
+        self._uses: dict[str, float] = {}
+        self._reconciled = False
+        self._db = self._connect()
+
+    def add(self, id: str, attempt: str, base: str | None) -> None:
+        """Remember that *attempt* at *id* builds on *base*; before its tree exists."""
+        now = time.time()
+        self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)", [(id, attempt, base, now, now)])
+
+    def remove(self, id: str) -> None:
+        """Forget *id*."""
+        with self._lock:
+            self._uses.pop(id, None)
+        self._write("DELETE FROM results WHERE id = ?", [(id,)])
+
+    def touch(self, id: str) -> None:
+        """Note a use of *id* now; written in batches."""
+        self._uses[id] = time.time()  # one bytecode under the GIL; a use lost in a race with flush() costs nothing
+        if len(self._uses) >= BATCH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the uses noted so far."""
+        with self._lock:
+            uses, self._uses = self._uses, {}
+        if uses:
+            self._write("UPDATE results SET used = ? WHERE id = ?", [(when, id) for id, when in uses.items()])
+
+    def children(self, id: str) -> list[str]:
+        """The ids last built, or being built, on *id*; some may be gone again: ask the disk."""
+        with self._lock:
+            self._reconcile()
+            return [row[0] for row in self._db.execute("SELECT id FROM results WHERE base = ? ORDER BY id", (id,))]
+
+    def rows(self) -> Iterator[Row]:
+        """All that is known, oldest use first."""
+        with self._lock:
+            self.flush()
+            self._reconcile()
+            found = self._db.execute("SELECT id, attempt, base, created, used FROM results ORDER BY used").fetchall()
+        return (Row(*row) for row in found)
+
+    def close(self) -> None:
+        """Write what is waiting and let go of the file. Idempotent."""
+        with self._lock:
+            self.flush()
+            self._db.close()
+
+    # Inside.
+
+    def _connect(self) -> sqlite3.Connection:
+        try:
+            return self._open(str(self._path))
+        except sqlite3.OperationalError as error:  # a read-only or full disk
+            log.warning("%s cannot be used (%s): last uses are not recorded", self._path, error)
+            return self._open(":memory:")
+        except sqlite3.DatabaseError as error:
+            log.warning("%s is damaged (%s) and made anew from the results", self._path, error)
+            for name in (self._path, *(Path(f"{self._path}{end}") for end in ("-wal", "-shm"))):
+                with suppress(FileNotFoundError):
+                    os.unlink(name)
+            return self._open(str(self._path))
+
+    def _open(self, path: str) -> sqlite3.Connection:
+        db = sqlite3.connect(path, timeout=30, check_same_thread=False)
+        try:
+            db.executescript(_SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+        """A failed write is logged, and leaves a note on the disk for every process to read the records again."""
+        try:
+            with self._lock, self._db:  # a transaction: all rows or none
+                self._db.executemany(statement, rows)
+        except sqlite3.Error as error:
+            log.warning("%s was not written (%s); the results are whole, the index is mended later", self._path, error)
+            self._reconciled = False
+            with suppress(OSError):
+                self._dirty.touch()
+
+    def _reconcile(self) -> None:
+        """Once, and after a failed write of any process: take in what the disk has and the index lacks."""
+        dirty = self._dirty.exists()
+        if self._reconciled and not dirty:
+            return
+        self._reconciled = True
+        with suppress(OSError):
+            self._dirty.unlink(missing_ok=True)
+        # After a failed write any row may be of an earlier attempt; else only the missing ones are read.
+        known = set() if dirty else {row[0] for row in self._db.execute("SELECT id FROM results")}
+        self._take_in([name for name in os.listdir(self._results) if name not in known])
+
+    def _take_in(self, ids: list[str]) -> None:
+        rows = []
+        for id in ids:
+            try:
+                record = Entry(id, self._results / id).read()
+            except (StoreError, OSError) as error:
+                log.warning("%s", error)
+                continue
+            when = record.finished or record.started
+            rows.append((id, record.attempt, record.base, when, when))
+        if rows:
+            self._write(
+                "INSERT INTO results VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, base = excluded.base",
+                rows,
+            )

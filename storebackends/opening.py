@@ -1,0 +1,113 @@
+"""Opening a store: by its name in the host's configuration, or spelled out. The one place where all the rooms meet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from .backend import Backend, BackendSpec
+from .durability import Durability, boot_id
+from .errors import ConfigError, explained
+from .failures import Failures
+from .locks import Lock, Locks
+from .marker import DURABILITIES, Marker, load, prepare
+from .recovery import drop_unsynced, recover
+from .store import Store
+
+
+def open_store(
+    name: str | None = None,
+    *,
+    backend: str | None = None,
+    path: str | os.PathLike[str] | None = None,
+    durability: str | None = None,
+    detach_barrier: Callable[[], None] | None = None,
+    **options: Any,
+) -> Store:
+    """Open a store, making it where there is none, and mend what a crash left in it. Never waits for a live build.
+
+    With a *name*, the one of the host's configuration; with *backend* and *path*, the one spelled out, *options* being
+    the backend's own; with neither, the configuration's default. *durability* is "group", "full" or "none", chosen when
+    the store is made. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
+
+    Raises ConfigError, PluginError, NotSupported with the fix, or StoreError where the folder cannot be used.
+    """
+    # Here, not above: importing storebackends must not import pydantic.
+    from .registry import Registry
+
+    registry = Registry()
+    if backend is None and path is None and not options:
+        from .config import load as load_config
+
+        found = load_config().store(name)
+        spec, root, model = found.spec, found.path, found.options
+        durability = durability or found.durability
+    elif backend is None or path is None or name is not None:
+        raise ConfigError("open_store()", ["give a store's name, or backend= and path= (and options), or nothing"])
+    else:
+        from .config import validate_options
+
+        spec = registry.spec(backend)
+        root, model = Path(path).expanduser().absolute(), validate_options(spec, options, "open_store()")
+    if durability not in (None, *DURABILITIES):
+        raise ConfigError("open_store()", [f"durability: {durability!r} is none of {', '.join(DURABILITIES)}"])
+    return _open(root, spec, registry.driver(spec), model, durability, detach_barrier)
+
+
+def sync(root: Path) -> None:
+    """Bring all results of the store in *root* that lack their mark to the disk, and mark them; open nothing else.
+
+    Raises ConfigError where *root* is no store, StoreError where the disk fails.
+    """
+    locks, marker = Locks(root / "locks"), load(root)
+    with locks.store(exclusive=False):
+        durability = Durability(marker.durability, [root], root / "result")
+        try:
+            durability.flush()
+        finally:
+            durability.close(flush=False)
+    locks.close()
+
+
+def _open(
+    root: Path,
+    spec: BackendSpec,
+    driver: type[Backend],
+    options: object,
+    durability: str | None,
+    detach_barrier: Callable[[], None] | None,
+) -> Store:
+    marker = prepare(root, spec.name, durability, boot_id())
+    with ExitStack() as undo, explained(f"opening the store {root}", root):
+        locks = Locks(root / "locks")
+        undo.callback(locks.close)
+        scratch = root / "scratch"
+        scratch.mkdir(mode=0o700, exist_ok=True)
+        failures = Failures(root)
+        backend = driver(root, options, marker.uuid)
+        backend.open()
+        undo.callback(backend.close)
+        marker, presence = _catch_up(root, marker, backend, locks)
+        recover(backend, locks, failures, scratch)
+        store = Store(
+            root, marker, backend, locks=locks, presence=presence, failures=failures, detach_barrier=detach_barrier
+        )
+        undo.pop_all()
+    return store
+
+
+def _catch_up(root: Path, marker: Marker, backend: Backend, locks: Locks) -> tuple[Marker, Lock]:
+    """Share the store with all who have it open; first, if the host was restarted, drop what that may have broken."""
+    boot = boot_id()
+    while marker.boot != boot:
+        with locks.store(exclusive=True):
+            marker = load(root)
+            if marker.boot != boot:
+                if marker.durability != "none":
+                    drop_unsynced(backend, root / "result", boot)
+                marker = marker.booted(boot)
+                marker.save(root)
+    return marker, locks.store(exclusive=False)

@@ -1,0 +1,58 @@
+"""build.json: what is known of one build, kept beside its log.
+
+Written before the tree exists, so that a crash always leaves a name for what it left; rewritten once at the end, before
+the entry is published. Written whole or not at all: into a new file, renamed over the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One attempt at building an id. Times are seconds since the epoch, by this host's clock."""
+
+    id: str
+    attempt: str
+    base: str | None = None
+    base_attempt: str | None = None
+    boot: str = ""  # the boot the build ran in; "" where the platform tells none
+    pid: int = 0  # the builder's
+    started: float = 0.0
+    finished: float | None = None
+    outcome: str | None = None  # None while it runs; built, failed, cancelled or died
+    reason: str | None = None  # why there is no result, as the caller was told
+    log_length: int | None = None  # in bytes, fixed when the log was finished
+
+    def save(self, path: Path) -> None:
+        """Write the record to *path*, whole or not at all. Raises OSError."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"format": 1, **asdict(self)}), encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Read a record. Raises FileNotFoundError, or StoreError where it is no record of ours."""
+        return cls.parse(path.read_bytes(), path)
+
+    @classmethod
+    def parse(cls, data: bytes, path: Path) -> Record:
+        """Make a record of the bytes that *path* held; keys that a later version added are passed over."""
+        known = {field.name for field in fields(cls)}
+        try:
+            content: dict[str, Any] = json.loads(data)
+            record = cls(**{key: value for key, value in content.items() if key in known})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StoreError(
+                f"{path} is not a build's record ({error}); 'storebackends doctor' may tell more"
+            ) from error
+        if not isinstance(record.id, str) or not isinstance(record.attempt, str):
+            raise StoreError(f"{path} is not a build's record: its id or its attempt is no string")
+        return record

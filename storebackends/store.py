@@ -1,0 +1,455 @@
+"""The Store: what callers use, and the life of a build, once for every backend.
+
+lease the id, look            a result: a hit
+await and lease the base      no such result: BaseNotFound
+take the `work` lock, look    another process was first: attached
+clear, clone, log, function   a failure: the log to failed/, the rest to the trash
+record, seal, rename          published; nothing fails the build from here
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from .backend import Backend, Capability, Entry, Size, Usage
+from .builds import Build, Builds, Running
+from .durability import Durability
+from .errors import BaseNotFound, BuildFailed, Busy, Cancelled, CommandFailed, NotFound, StoreError, explained
+from .failures import Failures
+from .ids import check_id, new_attempt
+from .index import Index
+from .locks import Lease, Lock, Locks
+from .log import BuildLog
+from .marker import Marker
+from .records import Record
+from .recovery import discard_dead
+from .results import Result, saved_log
+from .workspace import Workspace
+
+log = logging.getLogger(__name__)
+
+Function = Callable[[Workspace], object]
+"""Fills a build's tree. What it returns is ignored; what it raises fails the build."""
+
+
+class Store:
+    """A root folder, a backend and an index, shared by any number of threads and processes. Made by open_store()."""
+
+    def __init__(
+        self,
+        root: Path,
+        marker: Marker,
+        backend: Backend,
+        *,
+        locks: Locks,
+        presence: Lock,
+        failures: Failures,
+        detach_barrier: Callable[[], None] | None = None,
+    ) -> None:
+        self._root, self._marker, self._backend, self._locks, self._failures = root, marker, backend, locks, failures
+        self._presence = presence  # the store's lock, shared: nobody may have the store for itself alone
+        self._scratch = root / "scratch"
+        self._index = Index(root, root / "result")
+        self._durability = Durability(marker.durability, backend.sync_paths(), root / "result")
+        self._detach_barrier = detach_barrier
+        self._builds = Builds()
+        self._results: weakref.WeakSet[Result] = weakref.WeakSet()
+        self._closed = threading.Event()
+        self._pid = os.getpid()
+        _open_stores.add(self)
+
+    # What callers use.
+
+    @property
+    def root(self) -> Path:
+        """The store's folder."""
+        return self._root
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+        return self._marker.backend
+
+    @property
+    def durability(self) -> str:
+        """group, full or none."""
+        return self._marker.durability
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the trees of this store can hold or do."""
+        return self._backend.capabilities
+
+    def build(self, id: str, fn: Function, base: str | None = None) -> Result:
+        """Return the result of *id*; where there is none, run *fn* in this thread on a clone of *base*, and publish.
+
+        Where the id is being built already, that build's outcome is awaited instead. Raises InvalidId, BaseNotFound,
+        BuildFailed with the function's exception as its cause, Cancelled, NoSpace, or StoreError where the storage
+        fails; an interrupt passes through. In each case nothing is kept under the id but the log.
+        """
+        build, running = self._begin(id, base)
+        try:
+            if running:
+                with self._builds.waiting(id):
+                    self._execute(running, fn, base)
+                if running.error and not isinstance(running.error, StoreError):
+                    raise running.error
+            return build.wait()
+        except BaseException:
+            build.cancel()
+            raise
+
+    def start(self, id: str, fn: Function, base: str | None = None) -> Build:
+        """As build(), but run *fn* in a thread of its own and return at once."""
+        build, running = self._begin(id, base)
+        if running:
+            thread = threading.Thread(target=self._execute, args=(running, fn, base), name=f"build {id}")
+            try:
+                thread.start()
+            except BaseException as error:
+                self._builds.end(running, error)
+                raise
+        return build
+
+    def result(self, id: str) -> Result | None:
+        """Return what is kept under *id*, leased, or None. A stat and a lock; starts no process."""
+        self._check_open()
+        lease = self._locks.lease(check_id(id))
+        entry = self._backend.result(id)
+        if entry is None:
+            lease.release()
+            return None
+        self._index.touch(id)
+        return self._keep(id, lease, "hit")
+
+    def log(self, id: str) -> BuildLog:
+        """The log of *id*: of the build under way, else of the result, else of the newest failure. Raises NotFound."""
+        self._check_open()
+        running = self._builds.get(check_id(id))
+        if running and running.current_log:
+            return running.current_log
+        if entry := self._backend.result(id):
+            return saved_log(entry)
+        for other, attempt in self._backend.unfinished():
+            if other == id:
+                with suppress(NotFound):
+                    return BuildLog.saved(self._root / "in-progress" / f"{id}~{attempt}" / "log")
+        if failed := self._failures.newest(id):
+            return saved_log(failed)
+        raise NotFound(id, f"no build, result or failure of {id!r} is known here, so there is no log")
+
+    def delete(self, id: str, recursive: bool = False) -> None:
+        """Delete the result of *id*; with *recursive* all that was built on it, leaves first. Idempotent.
+
+        Raises Busy where it, or one of those, is in use, or where something is built on it and not *recursive*.
+        """
+        self._check_open()
+        check_id(id)
+        for victim in self._descendants(id) if recursive else [id]:
+            self._delete_one(victim)
+
+    def ids(self) -> Iterator[str]:
+        """The ids of all results, in no order."""
+        self._check_open()
+        return self._backend.ids()
+
+    def children(self, id: str) -> list[str]:
+        """The ids of the results that were built on *id*."""
+        self._check_open()
+        return [child for child in self._index.children(check_id(id)) if self._is_child(child, id)]
+
+    def record(self, id: str) -> Record:
+        """What is recorded of the result of *id*, without leasing it. Raises NotFound."""
+        self._check_open()
+        return self._entry(check_id(id)).read()
+
+    def running(self) -> list[tuple[str, str]]:
+        """(id, attempt) of each build under way, in any process."""
+        self._check_open()
+        return sorted(self._backend.unfinished())
+
+    def size(self, id: str) -> Size:
+        """What deleting *id* would free. Raises NotFound."""
+        self._check_open()
+        return self._backend.size(check_id(id))
+
+    def usage(self) -> Usage:
+        """Space below the store, on the tightest file system that holds trees."""
+        self._check_open()
+        return self._backend.usage()
+
+    def close(self) -> None:
+        """End the builds under way, release every Result, bring what was published to the disk. Idempotent."""
+        if self._closed.is_set() or self._pid != os.getpid():
+            return
+        for running in self._builds.close():
+            running.wait(None)
+        self._closed.set()
+        for result in list(self._results):
+            result.release()
+        with ExitStack() as undo:
+            undo.callback(_open_stores.discard, self)
+            undo.callback(self._locks.close)
+            undo.callback(self._backend.close)
+            undo.callback(self._index.close)
+            undo.callback(self._close_durability)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Store {self._marker.backend} {str(self._root)!r}>"
+
+    # The life of a build.
+
+    def _begin(self, id: str, base: str | None) -> tuple[Build, Running | None]:
+        """Become a caller; where that starts a new build, return it too, for the caller to execute."""
+        self._check_open()
+        check_id(id)
+        if base is not None:
+            check_id(base)
+        lease = self._locks.lease(id)
+        try:
+            if self._backend.result(id):
+                self._index.touch(id)
+                return Build(id, lease, None, self._builds, self._keep), None
+            running, new = self._builds.join(id)
+        except BaseException:
+            lease.release()
+            raise
+        build = Build(id, lease, running, self._builds, self._keep)
+        build.is_builder = new
+        return build, running if new else None
+
+    def _keep(self, id: str, lease: Lease, outcome: str) -> Result:
+        result = Result(self._entry(id), lease, outcome, self._backend.view)
+        self._results.add(result)
+        return result
+
+    def _execute(self, running: Running, fn: Function, base: str | None) -> None:
+        error: BaseException | None = None
+        try:
+            with self._builds.building(running):
+                self._live(running, fn, base)
+        except BaseException as raised:  # noqa: BLE001 (each caller gets it, or its like)
+            error = raised
+        self._builds.end(running, error)
+
+    def _live(self, running: Running, fn: Function, base: str | None) -> None:
+        with ExitStack() as held:
+            if base is not None:
+                self._await_base(running, base)
+                held.enter_context(self._locks.lease(base))
+                if self._backend.result(base) is None:
+                    raise BaseNotFound(running.id, base)
+            work = self._locks.work(running.id, cancelled=running.cancel.is_set)
+            if work is None:
+                raise Cancelled(running.id)
+            held.enter_context(work)
+            if self._backend.result(running.id):
+                running.outcome = "attached"
+                self._index.touch(running.id)
+            else:
+                self._clear(running.id)
+                self._attempt(running, fn, base)
+
+    def _await_base(self, running: Running, base: str) -> None:
+        """Return when no build of *base* is under way, before anything but the id's own lease is held."""
+        while not self._backend.result(base):
+            here = self._builds.get(base)
+            with self._builds.waiting(base):
+                if here:
+                    here.wait(None)
+                elif any(id == base for id, _ in self._backend.unfinished()):
+                    lock = self._locks.work(base, cancelled=running.cancel.is_set)
+                    if lock is None:
+                        raise Cancelled(running.id)
+                    lock.release()
+            if not here:
+                return
+
+    def _clear(self, id: str) -> None:
+        for other, attempt in list(self._backend.unfinished()):
+            if other == id:
+                discard_dead(self._backend, self._failures, id, attempt)
+
+    def _attempt(self, running: Running, fn: Function, base: str | None) -> None:
+        record = Record(
+            id=running.id,
+            attempt=new_attempt(),
+            base=base,
+            base_attempt=self._entry(base).attempt if base else None,
+            boot=self._marker.boot,
+            pid=os.getpid(),
+            started=time.time(),
+        )
+        self._index.add(record.id, record.attempt, base)
+        with explained(f"beginning the build of {record.id!r}", self._root):
+            entry = self._backend.build(record.id, base, record.attempt, record)
+        try:
+            self._fill(running, entry, fn)
+            self._publish(running, entry, record)
+        except BaseException as error:
+            if self._is_published(record):
+                self._moved(running)
+                raise
+            self._bury(running, entry, record, error)
+            raise
+
+    def _fill(self, running: Running, entry: Entry, fn: Function) -> None:
+        with explained(f"beginning the log of {entry.id!r}", self._root):
+            build_log = BuildLog.create(entry.log)
+        running.has_log(build_log)
+        work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch / entry.attempt)
+        try:
+            fn(work)
+        except Exception as error:
+            if running.cancel.is_set():
+                raise Cancelled(entry.id, entry.attempt) from error
+            raise BuildFailed(entry.id, entry.attempt, _reason(error)) from error
+        finally:
+            work.end()
+        if running.cancel.is_set():
+            raise Cancelled(entry.id, entry.attempt)
+
+    def _publish(self, running: Running, entry: Entry, record: Record) -> None:
+        tree = self._backend.tree(entry) if Capability.HOST_TREE in self._backend.capabilities else None
+        if tree and (tree.is_symlink() or not tree.is_dir()):
+            raise BuildFailed(entry.id, entry.attempt, f"its function removed or replaced its tree, {tree}")
+        build_log = running.current_log
+        assert build_log is not None  # noqa: S101 (_fill made it)
+        with explained(f"publishing {entry.id!r}", self._root):
+            length = build_log.finish()
+            replace(record, finished=time.time(), outcome="built", log_length=length).save(entry.record)
+            self._durability.before_rename(entry, tree, self._backend.seals_durably)
+            with build_log.moving() as move:
+                published = self._backend.rename(entry.id)
+                move.to(published.log)
+        self._after_rename(published, record)
+        build_log.close()
+
+    def _after_rename(self, published: Entry, record: Record) -> None:
+        # The result is there: what fails now is told, and fails nothing.
+        try:
+            self._durability.published(published, record.attempt)
+        except (OSError, StoreError) as error:
+            log.warning("%s is published, but it is not known to be on the disk: %s", published.id, error)
+
+    def _is_published(self, record: Record) -> bool:
+        entry = self._backend.result(record.id)
+        with suppress(StoreError):
+            return entry is not None and entry.attempt == record.attempt
+        return False
+
+    def _moved(self, running: Running) -> None:
+        if build_log := running.current_log:
+            with build_log.moving() as move:
+                move.to(self._entry(running.id).log)
+            build_log.close()
+
+    def _bury(self, running: Running, entry: Entry, record: Record, error: BaseException) -> None:
+        """Keep the log of a build that failed, and remove the rest; what goes wrong here is noted on *error*."""
+        outcome = "failed" if isinstance(error, Exception) and not isinstance(error, Cancelled) else "cancelled"
+        reason = getattr(error, "reason", None) or _reason(error)
+        build_log = running.current_log
+        try:
+            length = build_log.finish() if build_log else None
+            final = replace(record, finished=time.time(), outcome=outcome, reason=reason, log_length=length)
+            self._failures.bury(entry, final, build_log)
+        except (OSError, StoreError) as second:
+            error.add_note(f"its log could not be kept: {second}")
+        try:
+            self._index.remove(entry.id)
+            self._backend.discard(entry.id, entry.attempt)
+        except (OSError, StoreError) as second:
+            error.add_note(f"what it left is removed at the next open: {second}")
+        if build_log:
+            build_log.close()
+
+    # Deleting.
+
+    def _descendants(self, id: str) -> list[str]:
+        """*id* and all that was built on it, leaves first."""
+        order, stack = [], [id]
+        while stack:
+            order.append(stack.pop())
+            stack += self.children(order[-1])
+        return order[::-1]
+
+    def _delete_one(self, id: str) -> None:
+        with ExitStack() as held:
+            for lock in (self._locks.try_work, self._locks.try_use):
+                taken = lock(id)
+                if taken is None:
+                    holders = self._locks.holders(id)
+                    raise Busy(id, f"in use by {', '.join(holders) or 'another process'}; wait, or end that", holders)
+                held.enter_context(taken)
+            # Asked under the locks: a build on this id leases it first, and a published one left an edge.
+            if children := self.children(id):
+                raise Busy(
+                    id, f"{len(children)} results are built on it ({children[0]} ...): delete recursively", children
+                )
+            with explained(f"deleting {id!r}", self._root):
+                self._backend.delete(id)
+            self._index.remove(id)
+
+    def _is_child(self, child: str, base: str) -> bool:
+        entry = self._backend.result(child)
+        try:
+            return entry is not None and entry.read().base == base
+        except NotFound:
+            return False
+
+    # Inside.
+
+    def _entry(self, id: str) -> Entry:
+        if (entry := self._backend.result(id)) is None:
+            raise NotFound(id)
+        return entry
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise StoreError("this store was opened before a fork; open it again in the child")
+        if self._closed.is_set():
+            raise StoreError(f"the store {self._root} is closed; open it again")
+
+    def _close_durability(self) -> None:
+        hand_over = self._detach_barrier if self._durability.pending() else None
+        try:
+            self._durability.close(flush=hand_over is None)
+        finally:
+            if hand_over:
+                hand_over()
+
+    def _abandon(self) -> None:
+        self._durability.abandon()
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in half a line."""
+    if isinstance(error, CommandFailed | StoreError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def _abandon_in_child() -> None:
+    for store in list(_open_stores):
+        store._abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_in_child)

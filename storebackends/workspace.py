@@ -1,0 +1,131 @@
+"""What a build's function receives: the tree to fill, the log, and a way to run programs that end with the build."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from . import process, trees
+from .backend import Backend, Entry
+from .errors import Cancelled, CommandFailed, StoreError
+from .log import BuildLog
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Workspace:
+    """One build, seen from inside. Valid until the function returns."""
+
+    def __init__(self, backend: Backend, entry: Entry, log: BuildLog, cancel: process.Cancel, scratch: Path) -> None:
+        self._backend, self._entry, self._cancel, self._scratch = backend, entry, cancel, scratch
+        self._ended = False
+        self.log = log
+        """The build's log: `log.write(b"...")`. What run() prints goes there by itself."""
+
+    @property
+    def id(self) -> str:
+        """The id that is being built."""
+        return self._entry.id
+
+    @property
+    def attempt(self) -> str:
+        """The nonce of this try."""
+        return self._entry.attempt
+
+    @property
+    def path(self) -> Path:
+        """The tree, a folder of this host. It moves when the build is published: put no absolute path to it into it.
+
+        Raises NotSupported where the backend's trees are not on this host; run() and copy_in() work there too.
+        """
+        return self._backend.tree(self._entry)
+
+    @property
+    def scratch(self) -> Path:
+        """A folder outside the tree for what the build needs and the result does not; removed when it ends."""
+        self._check()
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        return self._scratch
+
+    @property
+    def cancelled(self) -> bool:
+        """Has the last caller gone? A function that works long by itself should look, and return."""
+        return self._cancel.is_set()
+
+    def copy_in(self, source: str | os.PathLike[str], dest: str) -> None:
+        """Copy a file, link or folder of this host to *dest* in the tree, with its metadata.
+
+        *dest* is relative to the tree; its parents are made; a folder merges into a folder. Raises StoreError for a
+        *dest* that would leave the tree, by ``..`` or through a link.
+        """
+        self._check()
+        self._backend.copy_in(self._entry, Path(source), dest)
+
+    def run(
+        self,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        user: str | int | None = None,
+        capture: bool = False,
+        check: bool = True,
+    ) -> process.Finished:
+        """Run a program in the tree; its output goes to the log. It, and all it started, is ended before this returns.
+
+        The environment is PATH, HOME, TMPDIR and LANG, and *env* over them; HOME and TMPDIR are empty folders outside
+        the tree. *cwd* is relative to the tree. *timeout* is in seconds. With *capture* its standard output is
+        returned, not logged. Raises CommandFailed where it cannot start, runs out of time or, with *check*, fails;
+        Cancelled when the build is.
+        """
+        self._check()
+        with self._homes(user) as homes:
+            words = [os.fspath(word) for word in argv]
+            merged = {"PATH": PATH, "LANG": "C.UTF-8", **homes, **(env or {})}
+            command = self._backend.command(self._entry, words, merged, cwd, user)
+            try:
+                done = process.run(
+                    command,
+                    output=self.log.write,
+                    input=input,
+                    timeout=timeout,
+                    cancelled=self._cancel,
+                    capture=capture,
+                )
+            except process.Interrupted:
+                raise Cancelled(self.id, self.attempt) from None
+        if check and done.returncode != 0:
+            raise CommandFailed(words, done.returncode, process.ending(done.returncode))
+        return done
+
+    def end(self) -> None:
+        """Refuse whatever a thread that outlives the function still asks for, and remove the scratch folder."""
+        self._ended = True
+        trees.remove(self._scratch)
+
+    def _check(self) -> None:
+        if self._ended:
+            raise StoreError(f"the build of {self.id!r} has ended; its workspace cannot be used any more")
+        if self.cancelled:
+            raise Cancelled(self.id, self.attempt)
+
+    @contextmanager
+    def _homes(self, user: str | int | None) -> Iterator[dict[str, str]]:
+        if user is None:
+            home, tmp = self.scratch / "home", self.scratch / "tmp"
+            home.mkdir(exist_ok=True)
+            tmp.mkdir(exist_ok=True)
+            yield {"HOME": str(home), "TMPDIR": str(tmp)}
+            return
+        # The store's root is closed to every other user, so theirs lies outside.
+        folder = tempfile.mkdtemp(prefix="storebackends-")
+        try:
+            process.give_to(folder, user)
+            yield {"HOME": folder, "TMPDIR": folder}
+        finally:
+            trees.remove(Path(folder))

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from storebackends import StoreError, durability
+from storebackends.opening import open_store
+from tests.stores import until, writes
+
+
+def is_marked(root: Path, id: str) -> bool:
+    return (root / "result" / id / "synced").exists()
+
+
+def test_group_marks_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durability, "PAUSE", 0.01)
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("a", writes(f="1")).release()
+        until(lambda: is_marked(store.root, "a"))
+
+
+def test_group_marks_at_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durability, "PAUSE", 3600)
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("a", writes(f="1")).release()
+        assert not is_marked(store.root, "a")
+
+    assert is_marked(store.root, "a")
+
+
+def test_group_marks_what_earlier_processes_left(tmp_path: Path) -> None:
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("a", writes(f="1")).release()
+    (tmp_path / "store" / "result" / "a" / "synced").unlink()
+
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("b", writes(f="1")).release()
+
+    assert is_marked(store.root, "a")
+    assert is_marked(store.root, "b")
+
+
+def test_group_never_marks_another_attempt_than_its_barrier_covered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durability, "PAUSE", 3600)
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("a", writes(f="1")).release()
+        barrier = store._durability.barrier
+
+        def slow_barrier() -> None:
+            barrier()
+            if not list(store.root.glob("result/a/rootfs/g")):
+                store.delete("a")
+                store.build("a", writes(g="2")).release()
+
+        monkeypatch.setattr(store._durability, "barrier", slow_barrier)
+        store._durability.flush()
+
+        assert not is_marked(store.root, "a")
+    assert is_marked(store.root, "a")
+
+
+def test_full_marks_before_build_returns(tmp_path: Path) -> None:
+    with open_store(backend="copy", path=tmp_path / "store", durability="full") as store:
+        store.build("a", writes(f="1")).release()
+
+        assert is_marked(store.root, "a")
+
+
+def test_none_marks_nothing(tmp_path: Path) -> None:
+    with open_store(backend="copy", path=tmp_path / "store", durability="none") as store:
+        store.build("a", writes(f="1")).release()
+
+    assert not is_marked(store.root, "a")
+
+
+@pytest.mark.parametrize("mode", ["group", "full"])
+def test_without_syncfs_files_are_flushed_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    flushed: list[str] = []
+    fsync = os.fsync
+
+    def watch(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2])
+        fsync(descriptor)
+
+    monkeypatch.setattr(durability, "_syncfs", lambda: None)
+    monkeypatch.setattr(os, "fsync", watch)
+    with open_store(backend="copy", path=tmp_path / "store", durability=mode) as store:
+        store.build("a", writes(f="1")).release()
+
+        assert is_marked(store.root, "a")
+    assert {"f", "log", "build.json"} <= set(flushed)
+
+
+def test_full_fails_the_build_where_the_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(backend="copy", path=tmp_path / "store", durability="full") as store:
+        monkeypatch.setattr(durability, "_syncfs", lambda: lambda descriptor: -1)
+
+        with pytest.raises(StoreError, match="failed to write"):
+            store.build("a", writes(f="1"))
+
+        assert store.result("a") is None
+
+
+def test_group_never_marks_what_a_failing_disk_may_have_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(backend="copy", path=tmp_path / "store")
+    store.build("a", writes(f="1")).release()
+    with monkeypatch.context() as patch:
+        patch.setattr(durability, "_syncfs", lambda: lambda descriptor: -1)
+        with pytest.raises(StoreError, match="failed to write"):
+            store.close()
+
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("b", writes(f="1")).release()
+
+    assert is_marked(store.root, "b")
+    assert not is_marked(store.root, "a")
+
+
+def test_this_boot_has_one_id() -> None:
+    assert durability.boot_id() == durability.boot_id()

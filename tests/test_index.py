@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from storebackends import index as index_module
+from storebackends.index import Index
+from storebackends.records import Record
+from tests.capabilities import needs
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "result").mkdir()
+    return tmp_path
+
+
+def publish(root: Path, id: str, base: str | None = None, attempt: str = "0") -> None:
+    (root / "result" / id).mkdir(exist_ok=True)
+    Record(id, attempt, base, started=1.0, finished=2.0).save(root / "result" / id / "build.json")
+
+
+def opened(root: Path) -> Index:
+    return Index(root, root / "result")
+
+
+def test_knows_the_children_it_was_told(root: Path) -> None:
+    index = opened(root)
+    for id, base in (("a", None), ("b", "a"), ("c", "a"), ("d", "b")):
+        index.add(id, "0", base)
+    index.remove("c")
+
+    assert index.children("a") == ["b"]
+    index.close()
+    again = opened(root)
+    assert again.children("b") == ["d"]
+    again.close()
+
+
+def test_reads_back_from_the_disk_what_it_lost(root: Path) -> None:
+    publish(root, "a")
+    publish(root, "b", base="a")
+    (root / "result" / "foreign").mkdir()
+    (root / "result" / "broken").mkdir()
+    (root / "result" / "broken" / "build.json").write_text("{")
+
+    index = opened(root)
+
+    assert index.children("a") == ["b"]
+    assert [(row.id, row.base, row.used) for row in index.rows()] == [("a", None, 2.0), ("b", "a", 2.0)]
+    index.close()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"this is no database at all, but long enough to be taken for one" * 20, b"\0" * 4096]
+)
+def test_a_damaged_file_is_made_anew_from_the_disk(root: Path, damage: bytes) -> None:
+    publish(root, "b", base="a")
+    (root / "index.sqlite").write_bytes(damage)
+
+    index = opened(root)
+
+    assert index.children("a") == ["b"]
+    index.close()
+
+
+def test_a_write_that_fails_is_mended_by_every_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = opened(root), opened(root)
+    first.add("b", "0", "a")
+    assert second.children("a") == ["b"]
+    publish(root, "b", base="other", attempt="1")
+
+    first._db.execute("PRAGMA query_only = ON")
+    first.add("b", "1", "other")
+
+    assert second.children("other") == ["b"]
+    assert second.children("a") == []
+    first.close()
+    second.close()
+
+
+def test_uses_are_written_in_batches_and_on_closing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100, 200)).__next__
+    monkeypatch.setattr("storebackends.index.time.time", clock)
+    monkeypatch.setattr(index_module, "BATCH", 3)
+    index = opened(root)
+    for id in ("a", "b", "c"):
+        index.add(id, "0", None)  # at 100, 101, 102
+    publish(root, "a")
+
+    index.touch("a")
+
+    assert used(root)["a"] == 100
+    index.touch("b")
+    index.touch("c")
+    assert used(root)["a"] == 103
+    index.touch("b")
+    index.close()
+    assert used(root) == {"a": 103, "c": 105, "b": 106}
+
+
+def used(root: Path) -> dict[str, float]:
+    db = sqlite3.connect(root / "index.sqlite")
+    try:
+        return dict(db.execute("SELECT id, used FROM results"))
+    finally:
+        db.close()
+
+
+def test_many_threads_and_handles_may_write(root: Path) -> None:
+    indexes = [opened(root) for _ in range(2)]
+
+    def write(index: Index, prefix: str) -> Callable[[], None]:
+        def run() -> None:
+            for n in range(50):
+                index.add(f"{prefix}{n}", "0", "base")
+
+        return run
+
+    threads = [threading.Thread(target=write(index, f"{n}-{m}-")) for n, index in enumerate(indexes) for m in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(indexes[0].children("base")) == 200
+    for index in indexes:
+        index.close()
+
+
+@needs("unprivileged")
+def test_an_unwritable_folder_costs_the_last_uses_only(root: Path) -> None:
+    publish(root, "b", base="a")
+    os.chmod(root, 0o500)
+    try:
+        index = opened(root)
+        assert index.children("a") == ["b"]
+        index.touch("b")
+        index.close()
+    finally:
+        os.chmod(root, 0o700)

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from storebackends.errors import StoreError
+from storebackends.records import Record
+
+RECORD = Record("a", "0123", "b", "4567", "boot", 7, 1.5, 2.5, "failed", "no good", 42)
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    RECORD.save(tmp_path / "build.json")
+
+    assert Record.load(tmp_path / "build.json") == RECORD
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
+
+
+def test_keys_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "build.json"
+    path.write_text(json.dumps({"format": 1, "id": "a", "attempt": "0123", "colour": "blue"}))
+
+    assert Record.load(path) == Record("a", "0123")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"[]", b"{}", b'{"id": 1, "attempt": "x"}', b"\xff"])
+def test_what_is_no_record_is_told_with_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "build.json"
+    path.write_bytes(content)
+
+    with pytest.raises(StoreError, match="build.json"):
+        Record.load(path)
+
+
+def test_a_missing_record_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Record.load(tmp_path / "build.json")
