@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import NotSupported
 
 # A build can put a link or a FIFO in a log's place; neither may be followed or waited for.
 _FLAGS: int = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK"))
+# Windows has neither, and __init__ refuses there.
+_absent: Any = None
+_pread: Callable[[int, int, int], bytes] = getattr(os, "pread", _absent)
+_pwrite: Callable[[int, memoryview, int], int] = getattr(os, "pwrite", _absent)
 
 
 class DupFd:
@@ -29,8 +33,7 @@ class DupFd:
         self._writer = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
 
     def write(self, data: memoryview, offset: int) -> int:
-        assert sys.platform != "win32"  # noqa: S101 (for the type checker; __init__ refused)
-        return os.pwrite(self._writer, data, offset)
+        return _pwrite(self._writer, data, offset)
 
     def finish(self) -> None:
         writer, self._writer = self._writer, -1
@@ -42,8 +45,7 @@ class DupFd:
             return os.open(self.path, os.O_RDONLY | _FLAGS)
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
-        assert sys.platform != "win32"  # noqa: S101 (as in write)
-        return os.pread(handle, size, offset)
+        return _pread(handle, size, offset)
 
     def close(self, handle: int) -> None:
         if handle >= 0:

@@ -65,8 +65,8 @@ class Copier:
             if folders:
                 name = folders.pop()
                 made = self._mkdir(name, dst.fd)
-                src.enter(name)
                 self._enter(name, dst)
+                src.enter(name)
                 todo.append(self._begin(root, src, dst, made))
                 continue
             _keep(src.fd, dst.fd, status)  # now that nothing below touches it any more
@@ -82,7 +82,7 @@ class Copier:
         if identity(status) == identity(os.fstat(root)):
             raise OSError(errno.ELOOP, "the copy would lie inside of what it copies")
         if made:
-            _drop_acls(dst.fd)
+            drop_acls(dst.fd)
         folders = []
         with os.scandir(src.fd) as entries:
             for entry in entries:
@@ -172,7 +172,7 @@ class Copier:
                 if status.st_size and not self._share(fd, out, status.st_dev):
                     _copy_data(fd, out, status)
                 if foreign:
-                    _drop_acls(out)
+                    drop_acls(out)
                 _keep(fd, out, status)
             finally:
                 os.close(out)
@@ -275,7 +275,7 @@ def _keep_node(name: str, src: int, target: str, dst: int, status: os.stat_resul
     if not _chown(target, status, dst):
         mode &= ~_SPECIAL
     if foreign:
-        _drop_acls(f"/proc/self/fd/{dst}/{target}")
+        drop_acls(f"/proc/self/fd/{dst}/{target}")
     _copy_xattrs(f"/proc/self/fd/{src}/{name}", f"/proc/self/fd/{dst}/{target}")
     if not stat.S_ISLNK(status.st_mode):
         _chmod_node(target, dst, mode)
@@ -324,7 +324,7 @@ if sys.platform == "linux":
                 _tolerate(error)
         return bool(names)
 
-    def _drop_acls(dest: int | str) -> None:
+    def drop_acls(dest: int | str) -> None:
         """Take away what a new inode inherited from a default ACL of the folder it was made in."""
         for name in ("system.posix_acl_access", "system.posix_acl_default"):
             try:
@@ -342,5 +342,5 @@ else:
     def _copy_xattrs(source: int | str, dest: int | str) -> bool:
         return False
 
-    def _drop_acls(dest: int | str) -> None:
+    def drop_acls(dest: int | str) -> None:
         pass

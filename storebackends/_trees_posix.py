@@ -14,7 +14,7 @@ from typing import Literal
 
 assert sys.platform != "win32"  # noqa: S101 (tells the type checker to skip the rest there)
 
-from ._trees_copier import Copier  # noqa: E402
+from ._trees_copier import Copier, drop_acls  # noqa: E402
 from ._trees_walk import (  # noqa: E402
     FOLDER,
     NO_FOLDER,
@@ -102,6 +102,7 @@ def _open_or_make(name: str, parent: int) -> int:
             raise OSError(error.errno, "it is a link or a file where a folder is needed", name) from error
         raise
     if made:
+        drop_acls(fd)
         os.fchmod(fd, 0o755)  # whatever the umask is
     return fd
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Record:
     def save(self, path: Path) -> None:
         """Write the record to *path*, whole or not at all. Raises OSError."""
         part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps({"format": 1, **asdict(self)}), encoding="utf-8")
+        content = {"format": 1, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        part.write_text(json.dumps(content), encoding="utf-8")
         os.replace(part, path)
 
     @classmethod

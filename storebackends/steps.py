@@ -264,7 +264,8 @@ class _Run:
             cwd=step.workdir,
             network=step.network,
             secrets=secrets,
-            show=[self._recipe.source],
+            # A recipe may well use the Python we run in, as our own does, and that may be below /tmp.
+            show=[self._recipe.source, Path(sys.prefix), Path(sys.base_prefix)],
             hide=[self._store.root],
         )
         homes = {"HOME": f"{sandbox.TMP}/home", "TMPDIR": sandbox.TMP}

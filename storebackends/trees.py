@@ -64,7 +64,7 @@ def copy_into(source: Path, root: Path, dest: str) -> None:
     error, as is a *dest* that is absolute, empty or holds "..".
     """
     parts = _inside(dest)
-    with _explained(f"copy to {dest!r} in the tree", source):
+    with _explained(f"copy {source} to {dest!r} in", root):
         _native.copy_into(source, root, parts)
 
 
@@ -144,6 +144,7 @@ def _explained(verb: str, path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoSpace(str(path), error.strerror or str(error)) from error
-        # repr() because names in a tree may hold anything, and the end of it because they may be of any length.
-        where = f" at ...{error.filename[-200:]!r}" if isinstance(error.filename, str) and error.filename else ""
+        where = ""
+        if isinstance(error.filename, str) and error.filename:  # names in a tree hold anything, at any length
+            where = f" at {'...' * (len(error.filename) > 200)}{error.filename[-200:]!r}"
         raise StoreError(f"cannot {verb} {path}{where}: {error.strerror or error}") from error

@@ -145,8 +145,11 @@ def test_what_a_command_leaves_in_its_group_is_dead_when_it_returns(run: Run, sa
 
 
 @proc
-def test_daemon_that_keeps_the_output_does_not_hold_us_up(run: Run, said: bytearray) -> None:
-    run("sh", "-c", "setsid sh -c 'echo $$; while :; do echo noise; done' & sleep 0.1; echo end")
+def test_daemon_that_keeps_the_output_does_not_hold_us_up(run: Run, said: bytearray, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ready")
+    daemon_script = f"trap '' PIPE; echo $$; echo > {tmp_path}/ready; while :; do echo noise; done"
+
+    run("sh", "-c", 'setsid sh -c "$1" & read line < "$2"; echo end', "sh", daemon_script, f"{tmp_path}/ready")
 
     daemon = int(said.split()[0])
     was_alive = alive(daemon)

@@ -12,6 +12,7 @@ command is asked for goes to stdout, what it has to say about that to stderr, an
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -20,9 +21,18 @@ from typing import Any
 
 import click
 
-from ..errors import BuildFailed, Cancelled, CommandFailed, ConfigError, InvalidId, PluginError, RecipeError, StoreError
+from storebackends.errors import (
+    BuildFailed,
+    Cancelled,
+    CommandFailed,
+    ConfigError,
+    InvalidId,
+    PluginError,
+    RecipeError,
+    StoreError,
+)
 from ._build import build, import_, run
-from ._common import Failure, example
+from ._common import example, fail, printable
 from ._host import config, doctor, plugins, sync
 from ._results import df, log, ls, result, rm, show, tree
 
@@ -44,7 +54,7 @@ class _Commands(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            raise Failure(_message(error), _code(error)) from error
+            fail(_message(error), _code(error))
         return value
 
 
@@ -59,7 +69,7 @@ class _Commands(click.Group):
     + "\n\n\b\nExit codes:\n  0 done; 1 a build failed; 2 usage or configuration; 3 refused or busy; 130 interrupted",
 )
 @click.option("--store", metavar="NAME", help="The store to use, by its name in the configuration.")
-@click.option("--debug", is_flag=True, envvar="STOREBACKENDS_DEBUG", help="Show tracebacks and log all there is to log.")
+@click.option("--debug", is_flag=True, envvar="STOREBACKENDS_DEBUG", help="Show tracebacks, and log all there is.")
 @click.version_option(package_name="storebackends", message="%(version)s")
 @click.pass_context
 def cli(ctx: click.Context, store: str | None, debug: bool) -> None:
@@ -85,16 +95,14 @@ def main() -> None:
     cli(prog_name="storebackends")
 
 
+class _Echo(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"storebackends: {record.levelname.lower()}: {printable(record.getMessage())}", err=True)
+
+
 def _log_to_stderr(debug: bool) -> None:
-    import logging
-
-    class _Echo(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            click.echo(f"storebackends: {record.levelname.lower()}: {printable(record.getMessage())}", err=True)
-
     logger = logging.getLogger("storebackends")
-    logger.handlers = [handler for handler in logger.handlers if not type(handler).__name__ == "_Echo"]
-    logger.addHandler(_Echo())
+    logger.handlers = [_Echo()]
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
 
 

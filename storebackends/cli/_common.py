@@ -9,17 +9,16 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import datetime
-from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from ..errors import NotFound, StoreError
-from ..ids import check_id
+from storebackends.errors import NotFound, StoreError
+from storebackends.ids import check_id
 
 if TYPE_CHECKING:
-    from ..store import Store
+    from storebackends.store import Store
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # What moves a terminal's cursor, changes its state or the direction of its text, or cannot be encoded.
@@ -29,15 +28,10 @@ _NAMED = 10
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")
 
 
-class Failure(click.ClickException):
-    """Ends a command with a message on stderr and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"storebackends: {printable(self.message)}", file=file, err=True)
+def fail(message: str, exit_code: int) -> NoReturn:
+    """End the command, with a message on stderr."""
+    click.echo(f"storebackends: {printable(message)}", err=True)
+    raise click.exceptions.Exit(exit_code)
 
 
 def example(*lines: str) -> str:
@@ -45,7 +39,7 @@ def example(*lines: str) -> str:
     return "\b\n" + "\n".join(["Examples:" if len(lines) > 1 else "Example:", *(f"  {line}" for line in lines)])
 
 
-def with_store(command: Callable[Concatenate[Store, P], T]) -> Callable[P, T]:
+def with_store(command: Callable[..., T]) -> Callable[..., T]:
     """Give a command the option --store, and the open store as its first argument."""
 
     @click.option("--store", "store_name", metavar="NAME", help="The store to use.")
@@ -58,8 +52,8 @@ def with_store(command: Callable[Concatenate[Store, P], T]) -> Callable[P, T]:
 
 
 def _open(name: str | None) -> Store:
-    from ..opening import open_store
-    from ..process import detach
+    from storebackends.opening import open_store
+    from storebackends.process import detach
 
     def hand_over() -> None:
         # -P: what lies in the current folder must not be imported.

@@ -6,18 +6,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from ..errors import NotFound, StoreError
+from storebackends.errors import NotFound, StoreError
 from ._common import as_json, example, find, human_size, human_time, print_facts, print_json, printable, with_store
 
 if TYPE_CHECKING:
-    from ..records import Record
-    from ..store import Store
+    from storebackends.records import Record
+    from storebackends.store import Store
 
 _PACE = 0.1  # seconds between two looks at a log that another process writes
 
@@ -52,9 +52,10 @@ def log(store: Store, id: str, follow: bool) -> None:
     """
     id = find(store, id, _without_result(store))
     out = click.get_binary_stream("stdout")
-    for chunk in _follow(store, id) if follow else store.log(id).tail(follow=False):
-        out.write(chunk)
-        out.flush()
+    with closing(_follow(store, id)) if follow else store.log(id).tail(follow=False) as chunks:
+        for chunk in chunks:
+            out.write(chunk)
+            out.flush()
 
 
 def _without_result(store: Store) -> Iterator[str]:
@@ -183,5 +184,5 @@ def df(store: Store, as_json: bool) -> None:
     print_facts(facts)
 
 
-def _vanished(id: str) -> None:
+def _vanished(id: str) -> NoReturn:
     raise NotFound(id)

@@ -1,0 +1,186 @@
+"""Commands on this host: its configuration, its plugins, and what works here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from storebackends.errors import ConfigError, StoreError
+from ._common import Failure, as_json, example, print_json, printable
+
+if TYPE_CHECKING:
+    from storebackends.backend import BackendSpec, Support
+    from storebackends.config import Config, StoreConfig
+    from storebackends.registry import Registry
+
+
+@click.group(epilog=example("storebackends config check"))
+def config() -> None:
+    """Look at this host's configuration."""
+
+
+@config.command(epilog=example("STOREBACKENDS_CONFIG=new.toml storebackends config check"))
+def check() -> None:
+    """Report all that is wrong with the configuration."""
+    from storebackends.config import load
+
+    loaded = load()
+    where = loaded.source or "there is no file, so the defaults hold"
+    names = ", ".join(f"{name} (the default)" if name == loaded.default else name for name in loaded.stores)
+    click.echo(printable(f"{where}: good; stores: {names}"))
+
+
+@config.command("show", epilog=example("storebackends config show > config.toml"))
+@as_json
+def show_config(as_json: bool) -> None:
+    """Print the configuration as TOML, with every default filled in."""
+    from storebackends.config import load, places
+
+    shown = load().show()
+    if as_json:
+        print_json(shown)
+        return
+    source = shown.pop("source") or f"no file; looked for {', '.join(map(str, places()))}"
+    click.echo(printable(f"# {source}"))
+    stores = shown.pop("stores")
+    for name, table in {"": shown, **{f"stores.{json.dumps(name)}": table for name, table in stores.items()}}.items():
+        if name:
+            click.echo(f"\n[{name}]")
+        for key, value in table.items():
+            if value is not None:
+                click.echo(f"{key} = {_toml(value)}")
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = [f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items() if item is not None]
+        return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value).replace("\x7f", "\\u007f")  # the one character that JSON leaves as it is and TOML does not
+
+
+@click.command(epilog=example("storebackends plugins --json"))
+@as_json
+def plugins(as_json: bool) -> None:
+    """List the plugins that are installed, and what each is for."""
+    from storebackends.registry import Registry
+
+    registry = Registry()
+    specs = registry.specs()
+    facts = []
+    for name in registry.names():
+        spec = specs.get(name)
+        kind = "listener" if spec is None else "broken" if isinstance(spec, StoreError) else "backend"
+        summary = "" if spec is None else str(spec) if isinstance(spec, StoreError) else spec.summary
+        facts.append({"name": name, "distribution": registry.distribution(name), "kind": kind, "summary": summary})
+    if as_json:
+        print_json(facts)
+        return
+    for fact in facts:
+        click.echo(printable("{name:12} {kind:9} {distribution}: {summary}".format(**fact)))
+
+
+@click.command(epilog=example("storebackends doctor --path /srv"))
+@click.option(
+    "--path", type=click.Path(path_type=Path), help="Ask for stores in this folder, not where the default is."
+)
+@as_json
+def doctor(path: Path | None, as_json: bool) -> None:
+    """Tell which backends can be used on this host, and if not, why and what would help; and try the stores.
+
+    Ends with 3 where a configured store cannot be opened, and with 2 where the configuration is wrong.
+    """
+    from storebackends.config import load
+    from storebackends.registry import Registry
+    from storebackends.sandbox import why_not
+
+    loaded: Config | None = None
+    problem = ""
+    try:
+        loaded = load()
+    except ConfigError as error:
+        problem = str(error)
+    folder = path or (loaded.store().path if loaded else Path.cwd())
+    backends = _backends(Registry(), folder.absolute())
+    stores = {name: _try(store) for name, store in loaded.stores.items()} if loaded else {}
+    bwrap = why_not()
+    if as_json:
+        facts = {"folder": str(folder), "backends": backends, "configuration": problem, "stores": stores}
+        print_json({**facts, "bubblewrap": bwrap})
+    else:
+        _report(folder, backends, bwrap, stores)
+    if problem:
+        raise Failure(problem, 2)
+    if broken := [name for name, answer in stores.items() if answer["problem"]]:
+        raise Failure(f"cannot be used: {', '.join(broken)}", 3)
+
+
+def _backends(registry: Registry, folder: Path) -> dict[str, dict[str, object]]:
+    answers: dict[str, dict[str, object]] = {}
+    for name, spec in registry.specs().items():
+        if isinstance(spec, StoreError):
+            answers[name] = {"usable": False, "reason": str(spec), "fix": ""}
+        else:
+            support = _probe(spec, folder)
+            answers[name] = {"usable": support.usable, "reason": support.reason, "fix": support.fix}
+    return answers
+
+
+def _probe(spec: BackendSpec, folder: Path) -> Support:
+    from storebackends.backend import Support
+
+    try:
+        return spec.probe(folder)
+    except Exception as error:  # noqa: BLE001 (a plugin's mistake; the others are still of interest)
+        return Support(
+            False, f"its probe failed with {type(error).__name__}: {error}", "report it to the plugin's authors"
+        )
+
+
+def _try(store: StoreConfig) -> dict[str, object]:
+    """Can it be opened? One that was not made yet is not made for that."""
+    from storebackends.marker import NAME
+    from storebackends.opening import open_store
+
+    facts: dict[str, object] = {"backend": store.backend, "path": str(store.path), "made": False, "problem": ""}
+    if not os.path.exists(store.path / NAME):
+        support = _probe(store.spec, store.path)
+        return facts if support.usable else {**facts, "problem": f"{support.reason}; {support.fix}"}
+    try:
+        open_store(store.name).close()
+    except StoreError as error:
+        facts["problem"] = str(error)
+    return {**facts, "made": True}
+
+
+def _report(
+    folder: Path, backends: dict[str, dict[str, object]], bwrap: str, stores: dict[str, dict[str, object]]
+) -> None:
+    click.echo(printable(f"Backends, for a store in {folder}:"))
+    for name, answer in backends.items():
+        _verdict(name, bool(answer["usable"]), answer["reason"], answer["fix"])
+    click.echo("Sandbox:")
+    _verdict("bubblewrap", not bwrap, bwrap, "")
+    click.echo("Stores:")
+    for name, answer in stores.items():
+        state = answer["path"] if answer["made"] else f"{answer['path']}, made when it is first used"
+        _verdict(name, not answer["problem"], answer["problem"] or state, "")
+
+
+def _verdict(name: str, good: bool, reason: object, fix: object) -> None:
+    text = "; ".join(str(part) for part in (reason, fix) if part)
+    click.echo(printable(f"  {'ok ' if good else 'NO '} {name}{': ' if text else ''}{text}"))
+
+
+@click.command("_sync", hidden=True, epilog=example("storebackends _sync /srv/builds"))
+@click.argument("root", type=click.Path(path_type=Path))
+def sync(root: Path) -> None:
+    """Bring what is in the store at ROOT to the disk; started by other commands as they end."""
+    from storebackends.opening import sync
+
+    sync(root)
