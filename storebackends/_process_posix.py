@@ -17,6 +17,7 @@ import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import termios  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Mapping, Sequence  # noqa: E402
 from contextlib import ExitStack  # noqa: E402
@@ -305,21 +306,32 @@ def call(
             _new_session=True,
             _bg=True,
             _bg_exc=False,
-            _timeout=timeout,
             _ok_code=ANY_STATUS,
         )
     except sh.ForkException as error:
         raise CommandFailed(argv, None, f"cannot start: {str(error).strip().splitlines()[-1]}") from error
-    try:
-        running.wait()
-    except BaseException as error:
-        # sh ends the leader; its group has the leader's number for as long as anything is in it.
+    late = threading.Event()
+
+    def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
-        if isinstance(error, sh.TimeoutException):
-            return None
+
+    def expire() -> None:
+        late.set()
+        kill()
+
+    # Not sh's own time limit: it looks every 0.1 s whether to go on, so every call would take that long.
+    timer = threading.Timer(timeout, expire)
+    timer.start()
+    try:
+        running.wait()
+    except BaseException:
+        kill()
+        running.wait()
         raise
-    return int(running.exit_code)
+    finally:
+        timer.cancel()
+    return None if late.is_set() else int(running.exit_code)
 
 
 def detached(argv: Sequence[str], program: str) -> subprocess.Popen[bytes]:

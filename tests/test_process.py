@@ -190,7 +190,7 @@ def test_cancelled_command_may_clean_up(cancel: Cancel, run: Run, said: bytearra
         cancel.set()
 
     with pytest.raises(Interrupted):
-        run("sh", "-c", "trap 'echo cleaned; exit' TERM; echo ready; while :; do sleep 0.01; done", output=output)
+        run("sh", "-c", "trap 'echo cleaned; exit' TERM; sleep 1000 & echo ready; wait", output=output)
 
     assert said == b"ready\ncleaned\n"
 

@@ -35,11 +35,11 @@ def inside(tmp_path: Path) -> Inside:
 
 
 @pytest.fixture
-def no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A machine without bubblewrap."""
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine with no programs but those in this folder."""
     monkeypatch.setenv("PATH", str(tmp_path))
     sandbox.why_not.cache_clear()
-    yield
+    yield tmp_path
     sandbox.why_not.cache_clear()
 
 
@@ -159,13 +159,24 @@ def test_auto_means_bubblewrap_where_it_works() -> None:
     assert chosen == ("bwrap", "bwrap", "host")
 
 
-def test_auto_means_the_host_where_bubblewrap_is_not_there(no_programs: None) -> None:
+def test_auto_means_the_host_where_bubblewrap_is_not_there(programs: Path) -> None:
     chosen = sandbox.choose("auto")
 
     assert chosen == "host"
 
 
-def test_bubblewrap_that_is_asked_for_and_not_there_is_refused_with_the_fix(no_programs: None) -> None:
+@needs("fork")
+def test_auto_means_the_host_where_bubblewrap_is_there_and_does_not_work(programs: Path) -> None:
+    (programs / "bwrap").write_text("#!/bin/sh\necho 'No permissions to create new namespace' >&2\nexit 1\n")
+    (programs / "bwrap").chmod(0o755)
+
+    chosen = sandbox.choose("auto")
+
+    assert chosen == "host"
+    assert sandbox.why_not().endswith("ended with status 1: No permissions to create new namespace")
+
+
+def test_bubblewrap_that_is_asked_for_and_not_there_is_refused_with_the_fix(programs: Path) -> None:
     with pytest.raises(NotSupported) as caught:
         sandbox.choose("bwrap")
 

@@ -263,6 +263,20 @@ def test_a_failing_step_stops_those_after_it_and_keeps_those_before(store: Store
     assert len(list(store.ids())) == 1
 
 
+def test_an_interrupted_step_leaves_nothing(store: Store, source: Path) -> None:
+    class Interrupting(Recorder):
+        def running(self, planned: Planned, log: BuildLog) -> None:
+            raise KeyboardInterrupt
+
+    recorder = Interrupting()
+
+    with pytest.raises(KeyboardInterrupt), run_recipe(store, recipe(source, THREE), watcher=recorder):
+        pytest.fail("it was to be interrupted")
+
+    assert recorder.told == [("started", "first"), ("ended", "first", "cancelled")]
+    assert list(store.ids()) == left_in_progress(store.root) == []
+
+
 @pytest.mark.parametrize("sandbox", SANDBOXES)
 def test_a_step_that_takes_too_long_is_ended(store: Store, source: Path, sandbox: str) -> None:
     text = f'[recipe]\nsandbox = "{sandbox}"\n[steps.a]\nrun = ["true", "sleep 600"]\ntimeout = 1'

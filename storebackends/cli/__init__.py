@@ -31,6 +31,7 @@ from storebackends.errors import (
     RecipeError,
     StoreError,
 )
+
 from ._build import build, import_, run
 from ._common import example, fail, printable
 from ._host import config, doctor, plugins, sync
@@ -51,7 +52,7 @@ class _Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
             ctx.exit(UNREAD)
-        except (Exception, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (each has its message and its code)
             if ctx.params["debug"]:
                 traceback.print_exc()
             fail(_message(error), _code(error))

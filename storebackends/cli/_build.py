@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from storebackends.errors import Cancelled, StoreError
+
 from ._common import as_json, example, find, print_json, with_store
 from ._progress import Progress, choose
 
@@ -94,9 +94,11 @@ def _build(store: Store, recipe: Recipe, targets: tuple[str, ...], quiet: bool, 
     from storebackends.steps import run_recipe
 
     started = time.monotonic()
-    with choose(quiet=quiet, as_json=as_json) as progress:
-        with run_recipe(store, recipe, targets, _watcher(progress)) as results:
-            took = time.monotonic() - started
+    with (
+        choose(quiet=quiet, as_json=as_json) as progress,
+        run_recipe(store, recipe, targets, _watcher(progress)) as results,
+    ):
+        took = time.monotonic() - started
     if as_json:
         print_json([_facts(result) for result in results])
     elif quiet:
@@ -190,7 +192,8 @@ def import_(store: Store, source: Path, id: str, quiet: bool, as_json: bool) -> 
 
     def fn(work: Workspace) -> None:
         if str(source) == "-":
-            unpack(work, sys.stdin.buffer, "standard input")
+            with open(0, "rb", closefd=False) as stdin:
+                unpack(work, stdin, "standard input")
         else:
             fill(work, source)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from storebackends.errors import ConfigError, StoreError
-from ._common import Failure, as_json, example, print_json, printable
+
+from ._common import as_json, example, fail, print_json, printable
 
 if TYPE_CHECKING:
     from storebackends.backend import BackendSpec, Support
@@ -87,7 +88,7 @@ def plugins(as_json: bool) -> None:
 
 @click.command(epilog=example("storebackends doctor --path /srv"))
 @click.option(
-    "--path", type=click.Path(path_type=Path), help="Ask for stores in this folder, not where the default is."
+    "--path", type=click.Path(path_type=Path), help="Ask for stores in this folder, instead of the default one's."
 )
 @as_json
 def doctor(path: Path | None, as_json: bool) -> None:
@@ -115,9 +116,9 @@ def doctor(path: Path | None, as_json: bool) -> None:
     else:
         _report(folder, backends, bwrap, stores)
     if problem:
-        raise Failure(problem, 2)
+        fail(problem, 2)
     if broken := [name for name, answer in stores.items() if answer["problem"]]:
-        raise Failure(f"cannot be used: {', '.join(broken)}", 3)
+        fail(f"cannot be used: {', '.join(broken)}", 3)
 
 
 def _backends(registry: Registry, folder: Path) -> dict[str, dict[str, object]]:
@@ -137,9 +138,7 @@ def _probe(spec: BackendSpec, folder: Path) -> Support:
     try:
         return spec.probe(folder)
     except Exception as error:  # noqa: BLE001 (a plugin's mistake; the others are still of interest)
-        return Support(
-            False, f"its probe failed with {type(error).__name__}: {error}", "report it to the plugin's authors"
-        )
+        return Support(False, f"its probe failed with {type(error).__name__}: {error}", "tell the plugin's authors")
 
 
 def _try(store: StoreConfig) -> dict[str, object]:

@@ -119,12 +119,17 @@ class Live(Progress):
         super().end(outcome, seconds)
         if outcome == "failed":
             for line in self._lines:
-                self._console.print(f"  {line}", style="dim")
+                self._print(f"  {line}", "dim")
         mark, style = {"hit": ("=", "cyan"), "failed": ("x", "red"), "cancelled": ("x", "yellow")}.get(
             outcome, ("+", "green")
         )
-        self._console.print(f"{mark} {self._name}  {seconds:.1f} s  {WORDS.get(outcome, outcome)}", style=style)
+        self._print(f"{mark} {self._name}  {seconds:.1f} s  {WORDS.get(outcome, outcome)}", style)
         self._name = ""
+
+    def _print(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(text, style))
 
     def _render(self) -> Group:
         from rich.console import Group

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from storebackends.errors import NotFound, StoreError
+
 from ._common import as_json, example, find, human_size, human_time, print_facts, print_json, printable, with_store
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def result(store: Store, id: str, as_json: bool) -> None:
         elif sys.stdout.isatty():
             click.echo(printable(str(found.path)))
         else:
-            click.get_binary_stream("stdout").write(os.fsencode(found.path) + b"\n")
+            sys.stdout.buffer.write(os.fsencode(found.path) + b"\n")
 
 
 @click.command(epilog=example("storebackends log -f app-2"))
@@ -51,11 +52,10 @@ def log(store: Store, id: str, follow: bool) -> None:
     It is the one of the build under way, else of the result, else of the newest attempt that failed.
     """
     id = find(store, id, _without_result(store))
-    out = click.get_binary_stream("stdout")
-    with closing(_follow(store, id)) if follow else store.log(id).tail(follow=False) as chunks:
-        for chunk in chunks:
-            out.write(chunk)
-            out.flush()
+    out = sys.stdout.buffer
+    for chunk in _follow(store, id) if follow else store.log(id).tail(follow=False):
+        out.write(chunk)
+        out.flush()
 
 
 def _without_result(store: Store) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _without_result(store: Store) -> Iterator[str]:
     yield from (name.partition("~")[0] for name in os.listdir(store.root / "failed"))
 
 
-def _follow(store: Store, id: str) -> Iterator[bytes]:
+def _follow(store: Store, id: str) -> Generator[bytes, None, None]:
     """The log of one attempt until it ends, wherever it lies by then; another process may be the one that writes."""
     offset, attempts = 0, {attempt for other, attempt in store.running() if other == id}
     while True:
