@@ -104,13 +104,12 @@ class Unpacker:
             raise StoreError(f"the archive's member {member.name!r} is of the unknown type {member.type!r}")
 
     def _write(self, member: tarfile.TarInfo, fd: int) -> None:
-        # A sparse member has a map of its data; its size is only claimed, so holes are skipped and not read.
+        # Not by extractfile(): it would have us read the holes of a sparse member, whose size is only claimed.
         pieces: Any = member.sparse
+        source: Any = self._archive.fileobj
         with open(fd, "wb", buffering=0) as file:
-            source = self._archive.extractfile(member)
-            assert source is not None  # noqa: S101 (it is a regular file)
+            source.seek(member.offset_data)
             for offset, size in [(0, member.size)] if pieces is None else pieces:
-                source.seek(offset)
                 file.seek(offset)
                 while size > 0:
                     chunk = source.read(min(size, _CHUNK))

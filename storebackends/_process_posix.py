@@ -15,6 +15,7 @@ import pwd  # noqa: E402
 import select  # noqa: E402
 import shutil  # noqa: E402
 import signal  # noqa: E402
+import stat  # noqa: E402
 import subprocess  # noqa: E402
 import termios  # noqa: E402
 import threading  # noqa: E402
@@ -48,12 +49,12 @@ class Child:
         user = _user(command.user)
         self._sinks: dict[int, Sink] = {}
         self._poll = select.poll()
+        self._over = False
         with ExitStack() as undo, ExitStack() as ours:
             stderr = self._pipe(output, undo, ours)
             stdout = stderr if capture is None else self._pipe(capture, undo, ours)
             if user:
-                for fd in (stdin.fileno(), stdout, stderr):
-                    os.fchown(fd, user[0], user[1])  # or it could not open its own /dev/stdout
+                _give_streams(user, stdin.fileno(), stdout, stderr)
             self._process = _start(command, argv, stdin, stdout, stderr, umask, user)
             self._files = undo.pop_all()
         self._files.callback(self.end)
@@ -140,14 +141,16 @@ class Child:
 
     def end(self) -> int:
         """Kill what is left of the group, and reap the leader. Twice is fine."""
-        if self._process.returncode is None:
-            # In this order: once the leader is reaped, its number may be another's.
+        if not self._over:
+            # In this order: once the leader is reaped, its number may be another's. (Where there is no waitid() it is
+            # reaped already; but the number stays taken for as long as the group has anybody to kill.)
             self._signal(signal.SIGKILL)
             self._process.wait()
             deadline, pause = time.monotonic() + LINGER, FIRST_TICK
             while _lives(self._process.pid) and time.monotonic() < deadline:
                 time.sleep(pause)
                 pause = min(pause * 2, LAST_TICK)
+            self._over = True
         return self._process.returncode
 
     def _signal(self, number: int) -> None:
@@ -192,6 +195,13 @@ def _start(
         )
     except (OSError, ValueError) as error:
         raise CommandFailed(command.argv, None, f"cannot start: {error}") from error
+
+
+def _give_streams(user: tuple[int, int, list[int]], *streams: int) -> None:
+    """Let the user open its own /dev/stdin and /dev/stdout again: files and pipes of ours, but not /dev/null."""
+    for fd in streams:
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.fchown(fd, user[0], user[1])
 
 
 def _lives(group: int) -> bool:

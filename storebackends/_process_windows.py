@@ -6,7 +6,6 @@ import sys
 
 assert sys.platform == "win32"  # noqa: S101 (tells the type checker to skip the rest elsewhere)
 
-import contextlib  # noqa: E402
 import ctypes  # noqa: E402
 import os  # noqa: E402
 import queue  # noqa: E402
@@ -67,6 +66,7 @@ _kernel32.SetInformationJobObject.argtypes = [wintypes.HANDLE, ctypes.c_int, cty
 _kernel32.AssignProcessToJobObject.argtypes = [wintypes.HANDLE, wintypes.HANDLE]
 _kernel32.TerminateJobObject.argtypes = [wintypes.HANDLE, wintypes.UINT]
 _kernel32.CloseHandle.argtypes = [wintypes.HANDLE]
+_kernel32.GenerateConsoleCtrlEvent.argtypes = [wintypes.DWORD, wintypes.DWORD]
 _ntdll = ctypes.WinDLL("ntdll")
 _ntdll.NtResumeProcess.argtypes = [wintypes.HANDLE]
 
@@ -139,8 +139,8 @@ class Child:
 
     def terminate(self) -> None:
         """Ask the program to end, if it has a console to ask through."""
-        with contextlib.suppress(OSError):
-            self._process.send_signal(signal.CTRL_BREAK_EVENT)
+        # Not send_signal(): where there is no console, os.kill() kills at once and fails with a SystemError.
+        _kernel32.GenerateConsoleCtrlEvent(signal.CTRL_BREAK_EVENT, self._process.pid)
 
     def end(self) -> int:
         """Kill all that is in the job. Twice is fine."""

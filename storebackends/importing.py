@@ -38,7 +38,7 @@ def fill(work: Workspace, source: Path) -> None:
         unpack(work, stream, str(source))
 
 
-def unpack(work: Workspace, stream: BufferedReader, name: str) -> None:
+def unpack(work: Workspace, stream: BufferedReader[Any], name: str) -> None:
     """Fill a build's empty tree with the tar archive that *stream* holds, plain or packed by gzip, bzip2 or xz.
 
     Kept: owners, devices and setuid bits as root, modes, times to the nanosecond, links and hard links, holes, and
@@ -60,7 +60,7 @@ def unpack(work: Workspace, stream: BufferedReader, name: str) -> None:
         raise StoreError(f"{name} is damaged or cut short: {error}; get it again") from error
 
 
-def _unpacked(stream: BufferedReader, name: str) -> IO[bytes]:
+def _unpacked(stream: BufferedReader[Any], name: str) -> IO[bytes]:
     head = stream.peek(8)
     if head.startswith(_ZSTD):
         raise NotSupported(f"reading {name}", "it is packed by zstd", "unpack that first: zstd -dc ... | ... import -")

@@ -183,7 +183,10 @@ class Locks:
         self._folder, self._strategy = os.fspath(folder), strategy
         self._files: set[_File] = set()
         self._leases: dict[str, _File] = {}  # those of _files that leases of this process share, by name
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        try:
+            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise _explained(self._folder, error) from error
 
     def try_work(self, id: str) -> Lock | None:
         """The right to change what is kept under *id*; None if anybody has it, in this process or another."""

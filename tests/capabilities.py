@@ -260,6 +260,11 @@ def _bwrap() -> None:
     run("bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-all", "true")
 
 
+@probe("bash", "install bash")
+def _bash() -> None:
+    run("bash", "-c", "true")
+
+
 @probe("setpriv", "apt-get install util-linux")
 def _setpriv() -> None:
     run("setpriv", "--pdeathsig", "KILL", "true")

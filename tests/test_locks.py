@@ -60,6 +60,7 @@ def elsewhere(tmp_path: Path, strategy: Strategy) -> Iterator[Elsewhere]:
                 [sys.executable, "-W", "ignore::DeprecationWarning", "-c", prelude + script.strip()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
             )
             started.enter_context(child)  # leaving it closes the pipes and waits
@@ -426,9 +427,9 @@ def test_closing_releases_everything_and_ends_the_object(locks: Locks, strategy:
 def test_lock_left_to_the_interpreters_end_is_no_error(locks: Locks, elsewhere: Elsewhere) -> None:
     child = elsewhere("held = locks.lease('app')")
 
-    child.communicate()
+    output, _ = child.communicate()
 
-    assert child.returncode == 0
+    assert (child.returncode, output) == (0, "")
     assert locks.try_use("app") is not None
 
 

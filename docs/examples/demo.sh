@@ -4,22 +4,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$(command -v python)
+recipe=docs/examples/wheel.toml
 room=$(mktemp -d)
 trap 'chmod -R u+rwX "$room"; rm -rf "$room"' EXIT
 
 say() { printf '\n== %s\n' "$*"; }
 
 build() {
-    echo "\$ storebackends build docs/examples/wheel.toml"
-    storebackends build "$room/project/docs/examples/wheel.toml" --set PYTHON="$python"
+    echo "\$ storebackends build $recipe --set PYTHON=$python"
+    storebackends build "$recipe" --set PYTHON="$python"
 }
 
 say "A copy of the source, and a store, in $room"
 mkdir "$room/project"
 cp -R pyproject.toml README.md LICENSE storebackends plugins docs "$room/project"
+cd "$room/project"
 cat >"$room/config.toml" <<END
-default = "demo"
-
 [stores.demo]
 path = "$room/store"
 durability = "none"  # thrown away below
@@ -27,8 +27,8 @@ END
 export STOREBACKENDS_CONFIG=$room/config.toml
 case $python in
     /build/* | /run/* | /tmp/*)
-        echo "(a sandbox has a ${python%"${python#/*/}"} of its own, where it would not find $python: these steps run on the host)"
-        sed -i 's/^\[recipe\]$/&\nsandbox = "host"/' "$room/project/docs/examples/wheel.toml"
+        echo "The sandbox would hide $python behind a folder of its own, so these steps run on the host."
+        sed -i 's/^\[recipe\]$/&\nsandbox = "host"/' "$recipe"
         ;;
 esac
 
@@ -39,8 +39,9 @@ say "Again: every step is cached"
 build
 
 say "README.md changes: what depends on it runs again, the rest is cached"
-echo "One more line." >>"$room/project/README.md"
+echo "One more line." >>README.md
 build
 
-say "The wheels, in the results that hold them"
-find "$room/store/result" -path '*/dist/*.whl' -printf '%P\n' | sort
+say "The wheel, in the result that holds it"
+result=$(storebackends result "$(storebackends build --quiet "$recipe" wheel --set PYTHON="$python")")
+ls -l "$result/dist"

@@ -51,11 +51,16 @@ class RsyncBackend(EntryBackend):
         if source is None:
             return
         tree, linked, spent = (entry.folder / name for name in (self.tree(entry).name, "linked", "spent"))
-        trees.remove(linked)  # of an earlier try
+        for leftover in (linked, spent):  # of an earlier try
+            trees.remove(leftover)
         # By content too: a build may have written other bytes of the same length and set the old time.
         _rsync(tree, linked, "--checksum", link_to=self.tree(source))
         os.rename(tree, spent)
-        os.rename(linked, tree)
+        try:
+            os.rename(linked, tree)
+        except OSError:
+            os.rename(spent, tree)
+            raise
         trees.remove(spent)
 
 
