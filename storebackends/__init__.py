@@ -11,6 +11,7 @@ import logging
 from .builds import Build
 from .errors import (
     BaseNotFound,
+    BuilderDied,
     BuildFailed,
     Busy,
     Cancelled,
@@ -35,6 +36,7 @@ __all__ = [
     "Build",
     "BuildFailed",
     "BuildLog",
+    "BuilderDied",
     "Busy",
     "Cancelled",
     "CommandFailed",

@@ -92,6 +92,16 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheEntry(Entry):
+    """One generation of a cache, or a loan: a private copy in the hands of one borrower. Its id is the cache's name."""
+
+    @property
+    def generation(self) -> int:
+        """The number of a generation, caches/NAME/GEN, from 1; 0 of a loan, loans/NAME~ATTEMPT."""
+        return 0 if "~" in self.folder.name else int(self.folder.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Space below a store. Bytes; inodes and metadata are None where the file system has no such limit."""
 
@@ -109,6 +119,15 @@ class Size:
 
     bytes: int
     exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be. *what* names it; *repair* mends it, where that can lose nothing."""
+
+    what: str
+    problem: str
+    repair: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +172,8 @@ class Backend(ABC):
     capabilities: frozenset[Capability] = frozenset()
     seals_durably: bool = False
     """True where seal() writes the whole tree to the disk itself (a ZFS snapshot), so no barrier is needed."""
+    rooms: frozenset[str] = frozenset()
+    """The names of what this backend keeps in the store's folder beside what every store has."""
 
     def __init__(self, root: Path, options: Any, uuid: str) -> None:
         """*root* is the store's folder, *uuid* the store's own: it goes into the name of every outside resource."""
@@ -216,9 +237,39 @@ class Backend(ABC):
     def size(self, id: str) -> Size:
         """What deleting *id* would free. NotFound where there is no such result."""
 
+    # Caches. The highest generation of a name is the current one; the Store leases what is cloned.
+
+    def cache_list(self, name: str | None = None) -> Iterator[CacheEntry]:
+        """Every generation and every loan there is, of the cache *name* or of all, in no order."""
+        return iter(())
+
+    def cache_clone(self, source: CacheEntry | None, record: Record) -> CacheEntry:
+        """Make a loan of the cache `record.id`: a private writable tree, equal to generation *source*'s or empty.
+
+        It must stay whole when *source* is dropped, and whatever is written to it, in place too, must not reach
+        *source*. *record* is on disk before any resource that a crash could leave; on every failure nothing is left.
+        """
+        raise NotSupported("lending a cache", "this backend keeps none", "use a store of another backend for it")
+
+    def cache_install(self, loan: CacheEntry, generation: int) -> CacheEntry | None:
+        """Seal *loan* and make it that *generation*, by one rename; None where there is one, and the loan stays."""
+        raise NotImplementedError  # whoever lends must take back
+
+    def cache_drop(self, entry: CacheEntry) -> None:
+        """Remove a generation or a loan, and all its resources: hidden first, reclaimed after. Idempotent."""
+        raise NotImplementedError
+
+    def cache_size(self, entry: CacheEntry) -> Size:
+        """What dropping *entry* would free."""
+        raise NotImplementedError
+
     def settle(self, timeout: float) -> bool:
         """Wait at most *timeout* seconds until what was deleted is free again; False where it is not yet."""
         return True
+
+    def check(self) -> Iterator[Problem]:
+        """For fsck: what is wrong with resources outside of the entries, the store being in use. Changes nothing."""
+        return iter(())
 
     @abstractmethod
     def view(self, id: str) -> AbstractContextManager[Path]:

@@ -9,17 +9,28 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
 
 from .errors import Busy, Cancelled, StoreError
+from .following import waits_of
 from .locks import Lease
 from .log import BuildLog
 from .process import Cancel
 from .results import Result
+from .watching import Signal
 
 _current: ContextVar[Running | None] = ContextVar("storebackends_build", default=None)
 """The build whose function this thread is in."""
+
+
+def current() -> Running:
+    """The build whose function this thread is in; LookupError outside one."""
+    if (running := _current.get()) is None:
+        raise LookupError("this thread is in no build's function")
+    return running
 
 
 class Running:
@@ -30,16 +41,22 @@ class Running:
         self.cancel = Cancel()
         self.callers = 1
         self.waits_for: list[str] = []
+        self.note: Callable[[tuple[str, ...]], None] | None = None
+        """Writes into the build's record what it waits for, while there is one to write to."""
+        self.noted: tuple[str, ...] = ()
+        self.signal: Signal | None = None
         self.outcome = "built"
         self.error: BaseException | None = None
         self._log: BuildLog | None = None
         self.ended = False
         self._changed = threading.Condition()
+        self._tell: list[Callable[[], None]] = []
+        self._interrupt: Callable[[], object] | None = None
 
     def log(self) -> BuildLog | None:
-        """The log, as soon as there is one; None where the build ended without."""
+        """The log, as soon as there is one that has not lost its builder; at the end what there is, or None."""
         with self._changed:
-            self._changed.wait_for(lambda: self._log or self.ended)
+            self._changed.wait_for(lambda: (self._log and not self._log.error) or self.ended)
             return self._log
 
     @property
@@ -59,11 +76,35 @@ class Running:
             if not self._changed.wait_for(lambda: self.ended, timeout):
                 raise TimeoutError(f"the build of {self.id!r} is not done after {timeout} s; it goes on")
 
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """Call *tell*, which must be quick, once the outcome is known; in the builder's thread, or now."""
+        with self._changed:
+            if not self.ended:
+                self._tell.append(tell)
+                return
+        tell()
+
+    def interrupt_by(self, interrupt: Callable[[], object]) -> None:
+        """Have *interrupt*, which must be quick and bear a second call, called when it is cancelled; or now."""
+        self._interrupt = interrupt
+        if self.cancel.is_set():
+            interrupt()
+
+    def stop(self) -> None:
+        """Cancel it, wherever it is: waiting for a lock, or in its function."""
+        self.cancel.set()
+        if self._interrupt:
+            self._interrupt()
+        if signal := self.signal:
+            signal.set()
+
     def end(self, error: BaseException | None) -> None:
         """Called by the builder, once: the outcome is known."""
         with self._changed:
             self.error, self.ended = error, True
             self._changed.notify_all()
+        for tell in self._tell:
+            tell()
         self.cancel.close()
 
     def failure(self) -> StoreError | None:
@@ -83,7 +124,8 @@ class Running:
 class Builds:
     """The table of one open store."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path) -> None:
+        self._root = root
         self._lock = threading.Lock()
         self._table: dict[str, Running] = {}
         self._closed = False
@@ -112,7 +154,7 @@ class Builds:
         with self._lock:
             running.callers -= 1
             if running.callers == 0 and not running.ended:
-                running.cancel.set()
+                running.stop()
 
     def end(self, running: Running, error: BaseException | None) -> None:
         """The outcome is known: let the callers go, and forget the build."""
@@ -127,7 +169,7 @@ class Builds:
             self._closed = True
             running = list(self._table.values())
         for build in running:
-            build.cancel.set()
+            build.stop()
         return running
 
     @contextmanager
@@ -141,26 +183,57 @@ class Builds:
 
     @contextmanager
     def waiting(self, id: str) -> Iterator[None]:
-        """Around every wait for the build of *id*. Raises Busy where it would wait for itself."""
+        """Around every wait for the build of *id*. Raises Busy where it would wait for itself, in whatever process."""
         waiter = _current.get()
         if waiter is None:
             yield
             return
         with self._lock:
+            waiter.waits_for.append(id)
+            # Told before it is asked: of two processes that close a circle at once, one at least sees it.
+            self._tell()
+        try:
             if circle := self._path(id, waiter.id, ()):
                 raise Busy(waiter.id, f"it would wait for itself: {' -> '.join((waiter.id, *circle))}", circle)
-            waiter.waits_for.append(id)
-        try:
             yield
         finally:
-            waiter.waits_for.remove(id)
+            with self._lock:
+                waiter.waits_for.remove(id)
+                self._tell()
+
+    def publishes(self, running: Running) -> None:
+        """The function is done: what its threads still wait for is not written into its record any more."""
+        with self._lock:
+            running.note = None
+
+    def _tell(self) -> None:
+        for running in self._table.values():
+            waits = self._reached(running.id)
+            if running.note and waits != running.noted:
+                running.noted = waits
+                running.note(waits)
+
+    def _reached(self, id: str) -> tuple[str, ...]:
+        """All that the build of *id* waits for in this process, directly or through other builds here."""
+        reached: list[str] = []
+        stack = [id]
+        while stack:
+            running = self._table.get(stack.pop())
+            new = [next_id for next_id in running.waits_for if next_id not in reached] if running else []
+            reached += new
+            stack += new
+        return tuple(reached)
 
     def _path(self, start: str, goal: str, seen: tuple[str, ...]) -> tuple[str, ...] | None:
         if start == goal:
             return (*seen, start)
-        if start in seen or (running := self._table.get(start)) is None:
+        if start in seen:
             return None
-        paths = (self._path(next_id, goal, (*seen, start)) for next_id in running.waits_for)
+        running = self._table.get(start)
+        paths = (
+            self._path(next_id, goal, (*seen, start))
+            for next_id in (*(running.waits_for if running else ()), *waits_of(self._root, start))
+        )
         return next((path for path in paths if path), None)
 
 
@@ -181,7 +254,8 @@ class Build:
     @property
     def log(self) -> BuildLog:
         """The log, live while it runs. Waits until there is one; raises the build's error where none was begun."""
-        if self._running and (live := self._running.log()):
+        running = self._running
+        if running and (live := running.log()) and (running.error or not running.ended):
             return live
         return self.wait().log
 
@@ -196,13 +270,28 @@ class Build:
             self._result = self._await(timeout)
         return self._result
 
-    def cancel(self) -> None:
-        """Stop waiting. The build goes on while others wait for it; the last one to go ends it. Idempotent."""
+    def add_done_callback(self, tell: Callable[[Build], None]) -> None:
+        """Call *tell*, which must be quick, once wait() would not wait: in the builder's thread, or now."""
+        if self._running:
+            self._running.when_ended(partial(tell, self))
+        else:
+            tell(self)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait by add_done_callback(). Raises Busy where the build would wait for itself."""
+        return self._builds.waiting(self.id)
+
+    def cancel(self) -> bool:
+        """Stop waiting. The build goes on while others wait for it; the last one to go ends it. Idempotent.
+
+        True where the build is being ended, or was.
+        """
         if not self._gone and self._result is None:
             self._gone = True
             if self._running:
                 self._builds.leave(self._running)
             self._lease.release()
+        return self._running is not None and self._running.cancel.is_set()
 
     def _await(self, timeout: float | None) -> Result:
         running = self._running

@@ -18,17 +18,18 @@ import reprlib
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import platformdirs
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
 from .backend import BackendSpec
 from .errors import ConfigError, PluginError
+from .prune import Policy, bytes_of, seconds_of
 from .registry import Registry, close_matches
 
 APP = "storebackends"
@@ -36,6 +37,7 @@ VARIABLE = "STOREBACKENDS_CONFIG"
 SITE = platformdirs.site_config_path(APP, appauthor=False) if sys.platform == "win32" else Path("/etc", APP)
 
 Durability = Literal["group", "full", "none"]
+VERIFY = "digest"
 _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Where = tuple[str | int, ...]
@@ -51,8 +53,17 @@ class StoreConfig:
     backend: str
     path: Path
     durability: Durability
+    verify: bool
+    prune: Policy | None
     options: BaseModel
     spec: BackendSpec
+
+    def show(self) -> dict[str, Any]:
+        """The table, defaults filled in."""
+        common = {"backend": self.backend, "path": str(self.path), "durability": self.durability}
+        rules = {} if self.prune is None else {"prune": asdict(self.prune)}
+        verify = VERIFY if self.verify else "none"
+        return {**common, "verify": verify, **rules, **self.options.model_dump(mode="json", by_alias=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class Config:
     source: Path | None
     default: str
     plugins: Sequence[str]
+    plugin_options: Mapping[str, BaseModel]  # of each of these that takes any, by the name of its entry point
     stores: Mapping[str, StoreConfig]
 
     def store(self, name: str | None = None) -> StoreConfig:
@@ -73,13 +85,11 @@ class Config:
 
     def show(self) -> dict[str, Any]:
         """All of it, defaults filled in, as `json.dumps` takes it."""
-        stores = {
-            store.name: {"backend": store.backend, "path": str(store.path), "durability": store.durability}
-            | store.options.model_dump(mode="json", by_alias=True)
-            for store in self.stores.values()
-        }
+        stores = {name: store.show() for name, store in self.stores.items()}
         source = None if self.source is None else str(self.source)
-        return {"source": source, "default": self.default, "plugins": list(self.plugins), "stores": stores}
+        shown = {"source": source, "default": self.default, "plugins": list(self.plugins), "stores": stores}
+        options = {name: model.model_dump(mode="json", by_alias=True) for name, model in self.plugin_options.items()}
+        return shown | ({"plugin": options} if options else {})
 
 
 def places() -> Sequence[Path]:
@@ -92,8 +102,8 @@ def places() -> Sequence[Path]:
 def load(path: Path | None = None) -> Config:
     """Read the configuration from *path*, or from the first of `places()` that exists.
 
-    Imports the plugins of the backends that its stores name, not their drivers, and touches no store. Raises
-    ConfigError with every problem there is.
+    Imports the plugins it lists, and those of the backends that its stores name, not their drivers; touches no store.
+    Raises ConfigError with every problem there is.
     """
     candidates = places() if path is None else (path,)
     for place in candidates:
@@ -127,6 +137,7 @@ class _Table(BaseModel):
 class _Host(_Table):
     default: str | None = None
     plugins: tuple[str, ...] = ()
+    plugin: dict[str, Any] = {}
     stores: dict[str, Any] = {}
 
 
@@ -138,12 +149,31 @@ def _absolute(path: Path) -> Path:
     return path
 
 
+def _checked(check: Callable[..., object], *arguments: object) -> Callable[[Any], Any]:
+    def validate(value: Any) -> Any:
+        check(value, *arguments)
+        return value
+
+    return validate
+
+
 class _Store(_Table):
     """The keys that every ``[stores.NAME]`` may have; all others are options of its backend."""
 
     path: Annotated[Path, AfterValidator(_absolute)]
     backend: str = "copy"
     durability: Durability = "group"
+    verify: Literal["none", "digest"] = "none"
+    prune: dict[str, Any] | None = None
+
+
+class _Prune(_Table):
+    """See storebackends.prune.Policy."""
+
+    min_free: Annotated[Any, AfterValidator(_checked(bytes_of, 0))] = None
+    max_used: Annotated[Any, AfterValidator(_checked(bytes_of, 0))] = None
+    keep_for: Annotated[Any, AfterValidator(_checked(seconds_of))] = None
+    max_items: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Check:
@@ -160,15 +190,48 @@ class _Check:
             if part := _validate(_Host, {key: value}, self.problems):
                 keys |= part.model_dump(exclude_unset=True)
         host = _Host(**keys)
-        for number, plugin in enumerate(host.plugins):
-            self._plugin(self.registry.find, plugin, "plugins", number)
+        plugin_options = self._plugin_options(host.plugins, host.plugin)
         tables = host.stores or {"default": {"path": str(_user_cache() / "store")}}
         stores = {name: store for name, table in tables.items() if (store := self._store(name, table))}
         self._check_paths(stores.values())
         default = self._default(host.default, list(tables))
         if self.problems:
             raise ConfigError(_named(self.source), self.problems)
-        return Config(self.source, default, host.plugins, MappingProxyType(stores))
+        return Config(self.source, default, host.plugins, MappingProxyType(plugin_options), MappingProxyType(stores))
+
+    def _plugin_options(self, plugins: Sequence[str], tables: Mapping[str, Any]) -> dict[str, BaseModel]:
+        """The options of the listed plugins that take any, each judged by its own model."""
+        models: dict[str, type[BaseModel] | None] = {}  # None where that is a problem already
+        for number, plugin in enumerate(plugins):
+            for point in self._plugin(self.registry.find, plugin, "plugins", number) or ():
+                models[point.name] = self._plugin(self._model, point.name, "plugins", number)
+        found: dict[str, BaseModel] = {}
+        for name in {**models, **tables}:
+            where, table, model = ("plugin", name), tables.get(name, {}), models.get(name)
+            if not isinstance(table, dict):
+                self._problem(where, f"should be a table, not {reprlib.repr(table)}")
+            elif name not in models:
+                self._problem(where, f"is the table of no plugin under 'plugins'{_suggest(name, models)}")
+            elif model is _Table and table:
+                self._problem(where, "is given, but the plugin takes no options; remove it")
+            elif model and model is not _Table and (options := _validate(model, table, self.problems, where)):
+                found[name] = options
+        return found
+
+    def _model(self, name: str) -> type[BaseModel]:
+        """What the plugin's options are an instance of; the empty table where it takes none."""
+        try:
+            answers = self.registry.hooks([name]).storebackends_options()
+        except PluginError:
+            raise
+        except Exception as error:
+            reason = f"its storebackends_options() failed with {type(error).__name__}: {error}"
+            raise PluginError(name, reason, self.registry.distribution(name)) from error
+        model = answers[0] if answers else _Table
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            return model
+        reason = f"its storebackends_options() gave {reprlib.repr(model)}, not a class derived from Options"
+        raise PluginError(name, reason, self.registry.distribution(name))
 
     def _store(self, name: str, table: object) -> StoreConfig | None:
         where = ("stores", name)
@@ -186,9 +249,12 @@ class _Check:
             return None
         rest = {key: table[key] for key in table if key not in own}
         options = _validate(spec.options, rest, self.problems, where)
+        rules = _validate(_Prune, common.prune, self.problems, (*where, "prune")) if common and common.prune else None
         if common is None or options is None:
             return None
-        return StoreConfig(name, common.backend, common.path, common.durability, options, spec)
+        policy = Policy(**rules.model_dump()) if rules else None
+        verify = common.verify == VERIFY
+        return StoreConfig(name, common.backend, common.path, common.durability, verify, policy, options, spec)
 
     def _plugin(self, look_up: Callable[[str], _T], name: str, *where: str | int) -> _T | None:
         try:
@@ -240,7 +306,7 @@ def _validate(model: type[_Model], data: Mapping[str, Any], problems: list[str],
         return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
         names = [field.alias or name for name, field in model.model_fields.items()]
-        known = {*names, *(_Store.model_fields if where else ())}
+        known = {*names, *(_Store.model_fields if where[:1] == ("stores",) else ())}
         details = error.errors(include_url=False)
         problems += [_at((*where, *detail["loc"]), _reason(detail, known)) for detail in details]
     except ValueError as error:

@@ -52,10 +52,10 @@ class Durability:
     """The barrier of one open store."""
 
     def __init__(self, mode: str, paths: Sequence[Path], results: Path) -> None:
-        """*paths*: a folder on each file system that holds trees; *results*: the folder of the published entries."""
+        """*paths*: a folder on each file system that holds trees; *results*: that of the results, beside the caches."""
         self._mode, self._results = mode, results
         self._wake = threading.Condition()
-        self._pending: dict[str, str] = {}  # id -> attempt, published and not known to be on the disk
+        self._pending: dict[Path, str] = {}  # folder -> attempt, published and not known to be on the disk
         self._scanned = self._closing = False
         self._thread: threading.Thread | None = None
         # Opened now: the kernel reports a failed write-back to descriptors that were open before it.
@@ -77,7 +77,7 @@ class Durability:
             _fsync(entry.folder.parent)
         if self._mode == "group" and self._descriptors:
             with self._wake:
-                self._pending[entry.id] = attempt
+                self._pending[entry.folder] = attempt
                 self._start_thread()
                 self._wake.notify()
 
@@ -85,7 +85,7 @@ class Durability:
         """With `full`, wait until an entry that some other mode or version left unmarked is on the disk."""
         if self._mode == "full" and not entry.synced.exists():
             self.barrier()
-            self._mark(entry.id, entry.attempt, SYNCED)
+            self._mark(entry.folder, entry.attempt, SYNCED)
 
     def barrier(self) -> None:
         """Bring all that was written before the call to the disk. Raises StoreError where the disk fails."""
@@ -112,8 +112,8 @@ class Durability:
             self.barrier()
             mark = SYNCED
         finally:
-            for id, attempt in attempts.items():
-                self._mark(id, attempt, mark)
+            for folder, attempt in attempts.items():
+                self._mark(folder, attempt, mark)
 
     def close(self, flush: bool = True) -> None:
         """End the thread; unless *flush* is False, bring the last publications to the disk. Idempotent."""
@@ -153,44 +153,47 @@ class Durability:
             except StoreError as error:
                 log.error("%s", error)
 
-    def _take(self) -> dict[str, str]:
+    def _take(self) -> dict[Path, str]:
         with self._wake:
             attempts, self._pending = self._pending, {}
             scanned, self._scanned = self._scanned, True
         if not scanned:  # once: what earlier processes published and did not live to mark
-            attempts = {id: attempt for id, attempt in _unmarked(self._results) if attempt} | attempts
+            caches = self._results.with_name("caches")
+            rooms = [self._results, *(caches / name for name in _names(caches))]
+            found = {room / name: attempt for room in rooms for name, attempt in _unmarked(room) if attempt}
+            attempts = found | attempts
         return attempts
 
-    def _mark(self, id: str, attempt: str, mark: str) -> None:
+    def _mark(self, path: Path, attempt: str, mark: str) -> None:
         # By descriptor, and only if it is the attempt that the barrier covered: the id may have been built again since.
         with suppress(FileNotFoundError):
-            folder = os.open(self._results / id, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+            folder = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
             try:
                 if _attempt_in(folder) == attempt:
                     _touch(mark, dir_fd=folder)
             except (OSError, StoreError) as error:
-                log.warning("%s stays unmarked: %s", self._results / id, error)
+                log.warning("%s stays unmarked: %s", path, error)
             finally:
                 os.close(folder)
 
 
-def unsynced(results: Path, boot: str) -> set[str]:
-    """The ids whose contents an unclean end of another boot may have cost: unmarked, and not of this boot."""
+def unsynced(room: Path, boot: str) -> set[str]:
+    """The entries of a folder that an unclean end of another boot may have broken, by name: unmarked, not of *boot*."""
     lost = set()
-    for id, _ in _unmarked(results):
+    for name, _ in _unmarked(room):
         try:
-            if Entry(id, results / id).read().boot == boot:
+            if Entry(name, room / name).read().boot == boot:
                 continue
         except StoreError as error:  # a torn record is the very sign that is looked for
             log.warning("%s", error)
-        lost.add(id)
+        lost.add(name)
     return lost
 
 
-def _unmarked(results: Path) -> Iterable[tuple[str, str]]:
-    """(id, attempt) of what lacks the mark; no attempt where the record is broken, or the disk failed to write it."""
-    for name in os.listdir(results):
-        folder = results / name
+def _unmarked(room: Path) -> Iterable[tuple[str, str]]:
+    """(name, attempt) of what lacks the mark; no attempt where the record is broken, or the disk failed to write it."""
+    for name in _names(room):
+        folder = room / name
         if os.path.lexists(folder / SYNCED) or not folder.is_dir():
             continue
         try:
@@ -198,6 +201,13 @@ def _unmarked(results: Path) -> Iterable[tuple[str, str]]:
         except StoreError:
             attempt = ""
         yield name, "" if os.path.lexists(folder / SUSPECT) else attempt
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in a folder, which may be gone meanwhile, or a file of somebody else's."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return os.listdir(folder)
+    return []
 
 
 def _attempt_in(folder: int) -> str:

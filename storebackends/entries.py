@@ -2,30 +2,37 @@
 
     ROOT/in-progress/ID~ATTEMPT/   a build: log, build.json, and the tree or the name of the tree
     ROOT/result/ID/                a result: the same folder, renamed once
+    ROOT/loans/NAME~ATTEMPT/       a borrower's private copy of a cache
+    ROOT/caches/NAME/GEN/          a generation of the cache: the same folder, given back by one rename
     ROOT/trash/NAME/               hidden by one rename, being reclaimed
 
-A plugin writes clone, seal, remove and view. rename(2) publishes, so all three folders share a file system. The Store
+A plugin writes clone, seal, remove and view. rename(2) publishes, so all these folders share a file system. The Store
 holds the locks. Any system call here may be the last one before a kill.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
 import secrets
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import trees
-from .backend import Backend, Command, Entry, Size, Usage
+from .backend import Backend, CacheEntry, Command, Entry, Size, Usage
 from .errors import BaseNotFound, InvalidId, NotFound, StoreError
 from .ids import check_id
 from .records import Record
 
 log = logging.getLogger(__name__)
+
+_GENERATION = re.compile(r"[1-9][0-9]*", re.ASCII)
 
 
 class EntryBackend(Backend):
@@ -34,6 +41,7 @@ class EntryBackend(Backend):
     def __init__(self, root: Path, options: Any, uuid: str) -> None:
         super().__init__(root, options, uuid)
         self.in_progress, self.results, self.trash = root / "in-progress", root / "result", root / "trash"
+        self.loans, self.caches = root / "loans", root / "caches"
         self._builds: dict[str, Entry] = {}
 
     # The four verbs of a plugin.
@@ -56,24 +64,26 @@ class EntryBackend(Backend):
         """The readable tree of a result; here the folder itself."""
         return nullcontext(self.tree(self._source(id)))
 
+    def clone_cache(self, source: Entry | None, entry: Entry) -> None:
+        """As clone(), for a cache. To be overridden where a clone needs its source to stay, or shares files with it.
+
+        A generation is dropped while loans of it live on, and a cache is written to in place.
+        """
+        self.clone(source, entry)
+
     # The protocol.
 
     def open(self) -> None:
-        """Make the three folders. Raises OSError."""
-        for folder in (self.in_progress, self.results, self.trash):
+        """Make the folders. Raises OSError."""
+        for folder in (self.in_progress, self.results, self.loans, self.caches, self.trash):
             folder.mkdir(mode=0o700, exist_ok=True)
 
     def build(self, id: str, base: str | None, attempt: str, record: Record | None = None) -> Entry:
         """See Backend.build."""
         source = self._base(id, base)  # BaseNotFound comes before any change
         entry = Entry(check_id(id), self.in_progress / f"{id}~{attempt}")
-        with ExitStack() as undo:
-            undo.callback(self.discard, id, attempt)
-            entry.folder.mkdir(mode=0o700)
-            (record or Record(id, attempt, base)).save(entry.record)
-            self.clone(source, entry)
-            self._builds[id] = entry
-            undo.pop_all()  # the caller's from here
+        self._make(entry, record or Record(id, attempt, base), partial(self.clone, source))
+        self._builds[id] = entry
         return entry
 
     def rename(self, id: str) -> Entry:
@@ -102,17 +112,54 @@ class EntryBackend(Backend):
 
     def ids(self) -> Iterator[str]:
         """See Backend.ids. Foreign files are passed over."""
-        with os.scandir(self.results) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False) and _is_id(entry.name):
-                    yield entry.name
+        return _ids(self.results)
 
     def unfinished(self) -> Iterator[tuple[str, str]]:
         """See Backend.unfinished. Foreign files are passed over."""
-        for name in os.listdir(self.in_progress):
-            id, _, attempt = name.partition("~")
-            if attempt and _is_id(id):
-                yield id, attempt
+        return _attempts(self.in_progress)
+
+    def cache_list(self, name: str | None = None) -> Iterator[CacheEntry]:
+        """See Backend.cache_list. Foreign files are passed over."""
+        for id in _ids(self.caches) if name is None else [name]:
+            with suppress(FileNotFoundError):
+                for number in os.listdir(self.caches / id):
+                    if _GENERATION.fullmatch(number):
+                        yield CacheEntry(id, self.caches / id / number)
+        for id, attempt in _attempts(self.loans):
+            if name in (None, id):
+                yield CacheEntry(id, self.loans / f"{id}~{attempt}")
+
+    def cache_clone(self, source: CacheEntry | None, record: Record) -> CacheEntry:
+        """See Backend.cache_clone."""
+        loan = CacheEntry(check_id(record.id), self.loans / f"{record.id}~{record.attempt}")
+        self._make(loan, record, partial(self.clone_cache, source))
+        return loan
+
+    def cache_install(self, loan: CacheEntry, generation: int) -> CacheEntry | None:
+        """See Backend.cache_install."""
+        installed = CacheEntry(loan.id, self.caches / loan.id / str(generation))
+        if os.path.lexists(installed.folder):
+            return None  # before the sealing, which may cost much
+        self.seal(loan)
+        installed.folder.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            os.rename(loan.folder, installed.folder)  # it replaces an empty folder only, and no generation is one
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                return None
+            raise
+        return installed
+
+    def cache_drop(self, entry: CacheEntry) -> None:
+        """See Backend.cache_drop. A cache goes with its last generation."""
+        self._hide_and_remove(entry.folder)
+        if entry.generation:
+            with suppress(OSError):
+                entry.folder.parent.rmdir()
+
+    def cache_size(self, entry: CacheEntry) -> Size:
+        """See Backend.cache_size; an estimate, since blocks may be shared with other generations."""
+        return Size(trees.size(entry.folder), exact=False)
 
     def sweep(self) -> None:
         """Empty the trash. What cannot be removed stays there, is logged, and is tried again at the next open."""
@@ -146,6 +193,15 @@ class EntryBackend(Backend):
 
     # Inside.
 
+    def _make(self, entry: Entry, record: Record, clone: Callable[[Entry], None]) -> None:
+        """Make the entry's folder, its record and then, by *clone*, its tree; or leave nothing of it."""
+        with ExitStack() as undo:
+            undo.callback(self._hide_and_remove, entry.folder)
+            entry.folder.mkdir(mode=0o700)
+            record.save(entry.record)
+            clone(entry)
+            undo.pop_all()  # the caller's from here
+
     def _source(self, id: str) -> Entry:
         if (entry := self.result(check_id(id))) is None:
             raise NotFound(id)
@@ -172,6 +228,22 @@ class EntryBackend(Backend):
         except FileNotFoundError:
             return
         self.remove(grave)
+
+
+def _ids(folder: Path) -> Iterator[str]:
+    """The folders that are called by an id."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and _is_id(entry.name):
+                yield entry.name
+
+
+def _attempts(folder: Path) -> Iterator[tuple[str, str]]:
+    """(id, attempt) of what is called ID~ATTEMPT."""
+    for name in os.listdir(folder):
+        id, _, attempt = name.partition("~")
+        if attempt and _is_id(id):
+            yield id, attempt
 
 
 def _is_id(name: str) -> bool:

@@ -78,6 +78,17 @@ class Cancelled(StoreError):
         self.id, self.attempt, self.reason = id, attempt, reason
 
 
+class BuilderDied(StoreError):
+    """The log of a build that ended with its builder, without an outcome. Whoever waits for the id builds it again.
+
+    A follower gets it after the last byte, and may ask for the log again: it is then that of the next attempt.
+    """
+
+    def __init__(self, id: str, attempt: str, reason: str) -> None:
+        super().__init__(f"this build of {id!r} has no outcome: {reason}; ask for its log again to follow the next one")
+        self.id, self.attempt, self.reason = id, attempt, reason
+
+
 class CommandFailed(StoreError):
     """A program ended with a failure, was ended by a signal or by its time limit, or could not start.
 

@@ -25,6 +25,14 @@ if sys.platform != "win32":
 
 _OPENERS: Mapping[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+_LIMIT = 4 << 20  # of one extended header, which is read whole; a file's attributes are far below
 _STRIDE = 5000  # members between two signs of life in the log
 
 
@@ -56,7 +64,7 @@ def unpack(work: Workspace, stream: BufferedReader[Any], name: str) -> None:
             _unpack(work, archive)
             while plain.read(1 << 20):  # what follows the end mark: the packer's checksum stands behind it
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (tarfile.TarError, ValueError, EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise StoreError(f"{name} is damaged or cut short: {error}; get it again") from error
 
 
@@ -83,17 +91,20 @@ def _unpack(work: Workspace, archive: tarfile.TarFile) -> None:
             unpacker.finish()
         work.log.write(f"{count} members\n".encode())
     else:
-        raise NotSupported("unpacking an archive", "Windows has no such files", "unpack it and import the folder")
+        raise NotSupported("unpacking an archive", "Windows cannot keep what may be in it", "import a folder")
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose broken header is an error: tarfile takes one after the first for the end of the archive."""
+    """A member whose broken header is an error, where tarfile takes one after the first for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
+            member = super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
             if buf == bytes(tarfile.BLOCKSIZE):
                 raise  # the end mark
             raise tarfile.ReadError(f"{error}, so it is no tar archive or not whole") from error
+        if member.size < 0 or (member.type in _EXTENDED and member.size > _LIMIT):
+            raise tarfile.ReadError(f"a header in it claims {member.size} bytes")
+        return member

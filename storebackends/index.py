@@ -12,17 +12,18 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .backend import Entry
+from .backend import Entry, Size
 from .errors import StoreError
 
 log = logging.getLogger(__name__)
 
 BATCH = 256  # uses of results that may wait in memory to be written
+PAUSE = 1.0  # seconds that they wait, once another follows: other processes prune by what is written
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -30,18 +31,27 @@ CREATE TABLE IF NOT EXISTS results (
     id TEXT PRIMARY KEY, attempt TEXT NOT NULL, base TEXT, created REAL NOT NULL, used REAL NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS children ON results (base) WHERE base IS NOT NULL;
+CREATE TABLE IF NOT EXISTS sizes (
+    id TEXT PRIMARY KEY, attempt TEXT NOT NULL, bytes INTEGER NOT NULL, exact INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS gone AFTER DELETE ON results BEGIN DELETE FROM sizes WHERE id = OLD.id; END;
+"""
+_ROWS = """
+SELECT results.id, results.attempt, base, created, used, bytes, exact FROM results
+    LEFT JOIN sizes ON sizes.id = results.id AND sizes.attempt = results.attempt
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the index knows of an id. *created* and *used* are seconds since the epoch."""
+    """What the index knows of an id. *created* and *used* are seconds since the epoch; *size* if it was measured."""
 
     id: str
     attempt: str
     base: str | None
     created: float
     used: float
+    size: Size | None = None
 
 
 class Index:
@@ -51,6 +61,7 @@ class Index:
         self._path, self._dirty, self._results = root / "index.sqlite", root / "index.dirty", results
         self._lock = threading.RLock()
         self._uses: dict[str, float] = {}
+        self._flushed = time.monotonic()
         self._reconciled = False
         self._db = self._connect()
 
@@ -65,16 +76,26 @@ class Index:
             self._uses.pop(id, None)
         self._write("DELETE FROM results WHERE id = ?", [(id,)])
 
+    def forget(self, attempts: Iterable[tuple[str, str]]) -> None:
+        """Forget each (id, attempt) that is still the last one known of its id; in one transaction."""
+        self._write("DELETE FROM results WHERE id = ? AND attempt = ?", list(attempts))
+
+    def measured(self, sizes: Iterable[tuple[str, str, Size]]) -> None:
+        """Remember the size of each (id, attempt)."""
+        rows = [(id, attempt, size.bytes, size.exact) for id, attempt, size in sizes]
+        self._write("INSERT OR REPLACE INTO sizes VALUES (?, ?, ?, ?)", rows)
+
     def touch(self, id: str) -> None:
         """Note a use of *id* now; written in batches."""
         self._uses[id] = time.time()  # one bytecode under the GIL; a use lost in a race with flush() costs nothing
-        if len(self._uses) >= BATCH:
+        if len(self._uses) >= BATCH or time.monotonic() - self._flushed > PAUSE:
             self.flush()
 
     def flush(self) -> None:
         """Write the uses noted so far."""
         with self._lock:
             uses, self._uses = self._uses, {}
+            self._flushed = time.monotonic()
         if uses:
             self._write("UPDATE results SET used = ? WHERE id = ?", [(when, id) for id, when in uses.items()])
 
@@ -89,8 +110,17 @@ class Index:
         with self._lock:
             self.flush()
             self._reconcile()
-            found = self._db.execute("SELECT id, attempt, base, created, used FROM results ORDER BY used").fetchall()
-        return (Row(*row) for row in found)
+            found = self._db.execute(f"{_ROWS} ORDER BY used").fetchall()
+        return map(_row, found)
+
+    def row(self, id: str) -> Row | None:
+        """What is known of *id*, with the uses that wait to be written here."""
+        with self._lock:
+            found = self._db.execute(f"{_ROWS} WHERE results.id = ?", (id,)).fetchone()
+        if found is None:
+            return None
+        row = _row(found)
+        return replace(row, used=max(row.used, self._uses.get(id, 0)))
 
     def close(self) -> None:
         """Write what is waiting and let go of the file. Idempotent."""
@@ -161,3 +191,8 @@ class Index:
                 " ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, base = excluded.base",
                 rows,
             )
+
+
+def _row(row: tuple[str, str, str | None, float, float, int | None, int | None]) -> Row:
+    size, exact = row[5:]
+    return Row(*row[:5], None if size is None else Size(size, bool(exact)))

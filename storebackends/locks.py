@@ -165,6 +165,49 @@ class Lease(Lock):
     __slots__ = ()
 
 
+class Waiter:
+    """Waits for the `work` lock of one id: a context manager with one descriptor for all its tries.
+
+    The kernel tells who watches *path* when one of its descriptors is closed, which is what a builder does when it ends
+    or is killed. A waiter that closed one at each try would wake the others, and they it, without end.
+    """
+
+    def __init__(self, locks: Locks, place: Place) -> None:
+        self._locks, self._place = locks, place
+        self._file: _File | None = None
+        self.path = f"{locks._folder}/{place[0]}"
+
+    def try_work(self) -> Lock | None:
+        """Locks.try_work(); call it no more once it gave the lock."""
+        file, offset = self._file, self._place[1]
+        assert file is not None  # noqa: S101 (the context is open, and gave no lock yet)
+        with _gate:
+            self._locks._check()
+            try:
+                if not self._locks._strategy.lock(file.fd, offset, True):
+                    return None
+            except OSError as error:
+                raise _explained(self.path, error) from error
+            self._file = None
+            file.counts[offset] = 1
+            return Lock(self._locks, file, offset)
+
+    def __enter__(self) -> Self:
+        with _gate:
+            self._locks._check()
+            try:
+                self._file = self._locks._open(self._place[0])  # now, so that it is there to be watched
+            except OSError as error:
+                raise _explained(self.path, error) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file and self._locks._generation == _gate.generation:
+            with _gate:
+                if self._file in self._locks._files:
+                    self._locks._close(self._file)
+
+
 L = TypeVar("L", bound=Lock)
 T = TypeVar("T")
 
@@ -206,7 +249,12 @@ class Locks:
 
     def work(self, id: str, *, cancelled: Callable[[], bool] = never, timeout: float | None = None) -> Lock | None:
         """Wait for `try_work`. None once cancelled() is true; TimeoutError after *timeout* seconds."""
-        return _wait(lambda: self.try_work(id), cancelled, timeout, lambda: self._late(f"the lock of {id!r}", id))
+        with self.waiter(id) as place:
+            return _wait(place.try_work, cancelled, timeout, lambda: self._late(f"the lock of {id!r}", id))
+
+    def waiter(self, id: str) -> Waiter:
+        """A place from which to wait for `try_work`."""
+        return Waiter(self, self._place("work", id))
 
     def lease(self, id: str, *, timeout: float | None = None) -> Lease:
         """Wait for `try_lease`: who holds the `use` lock does so for moments. TimeoutError after *timeout* seconds."""
@@ -244,8 +292,7 @@ class Locks:
     def _take(self, place: Place, shared: bool, cls: type[L]) -> L | None:
         name, offset = place
         with _gate:
-            if self._closed or self._generation != _gate.generation:
-                raise self._dead()
+            self._check()
             try:
                 file = (self._leases.get(name) if shared else None) or self._open(name)
                 if (count := file.counts.get(offset, 0)) or self._lock(file, offset, shared):
@@ -293,12 +340,13 @@ class Locks:
         _gate.descriptors.discard(file.fd)
         os.close(file.fd)
 
-    def _dead(self) -> StoreError:
+    def _check(self) -> None:
         if self._closed:
-            return StoreError(f"the store locked by {self._folder} is closed: open it again")
-        return StoreError(
-            f"the store locked by {self._folder} was opened before fork(): open the store again in the child"
-        )
+            raise StoreError(f"the store locked by {self._folder} is closed: open it again")
+        if self._generation != _gate.generation:
+            raise StoreError(
+                f"the store locked by {self._folder} was opened before fork(): open the store again in the child"
+            )
 
     def _late(self, what: str, id: str | None) -> str:
         return f"{what} is held by {', '.join(self.holders(id)) or 'another process'}; wait longer, or end that"

@@ -12,6 +12,7 @@ folder is the strategy's: by a descriptor that follows the inode, or by opening 
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import stat
@@ -96,6 +97,7 @@ class BuildLog:
         self._writing = threading.Lock()
         self._waiters = _Waiters()
         self._forked = False
+        self._error: StoreError | None = None
         _logs.add(self)
 
     @classmethod
@@ -126,6 +128,34 @@ class BuildLog:
         if not stat.S_ISREG(found.st_mode):
             raise StoreError(f"cannot read the log {file.path}: it is not a regular file; something replaced it")
         return cls(file, "saved", found.st_size if length is None else length)
+
+    @classmethod
+    def elsewhere(cls, path: str | os.PathLike[str], *, strategy: type[Strategy] | None = None) -> Self:
+        """The log at *path*, which another process writes: grew() and settled() tell what it does. NotFound."""
+        log = cls((strategy or NATIVE)(Path(path).absolute()), "open", 0)
+        log._kept = log._source()
+        return log
+
+    def grew(self, length: int) -> None:
+        """Another process has written up to *length*."""
+        if length > self._length and self._state == "open":
+            self._length = length
+            self._waiters.grown()
+
+    def settled(self, length: int, path: Path, error: StoreError | None = None) -> None:
+        """Another process has finished it: it is at *path* now. Followers end there, with *error* if there is one."""
+        with self._strategy.moving():
+            self._strategy.path = path
+        with self._writing:
+            self._length, self._error = length, error
+            self._state = "finished"
+        self._waiters.wake()
+        self.close()
+
+    @property
+    def error(self) -> StoreError | None:
+        """What followers end with after the last byte: the build has no outcome, or none that can be learnt here."""
+        return self._error
 
     @property
     def path(self) -> Path:
@@ -264,6 +294,8 @@ class LogReader(Iterator[bytes]):
         source = self._source  # held here, so that close() cannot take the descriptor from under the read
         if source is None or self.offset >= end:
             self.close()
+            if source and self._end is None and self._log._error:
+                raise copy.copy(self._log._error)
             raise StopIteration
         try:
             chunk = source.chunk(self.offset, end)

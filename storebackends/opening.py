@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .backend import Backend, BackendSpec
 from .durability import Durability, boot_id
 from .errors import ConfigError, explained
-from .failures import Failures
+from .events import Deaths, Event, Events, Opened, Recovered
 from .locks import Lock, Locks
 from .marker import DURABILITIES, Marker, load, prepare
 from .recovery import drop_unsynced, recover
 from .store import Store
+
+if TYPE_CHECKING:
+    from pluggy import HookImpl
+
+    from .config import Config
+    from .registry import Registry
+
+Listeners = Sequence[Callable[[Store, Event], object]]
 
 
 def open_store(
@@ -39,12 +48,15 @@ def open_store(
     from .registry import Registry
 
     registry = Registry()
+    listeners: Listeners = ()
     if backend is None and path is None and not options:
         from .config import load as load_config
 
-        found = load_config().store(name)
+        config = load_config()
+        found = config.store(name)
         spec, root, model = found.spec, found.path, found.options
         durability = durability or found.durability
+        listeners = _listeners(registry, config)
     elif backend is None or path is None or name is not None:
         raise ConfigError("open_store()", ["give a store's name, or backend= and path= (and options), or nothing"])
     else:
@@ -54,7 +66,7 @@ def open_store(
         root, model = Path(path).expanduser().absolute(), validate_options(spec, options, "open_store()")
     if durability not in (None, *DURABILITIES):
         raise ConfigError("open_store()", [f"durability: {durability!r} is none of {', '.join(DURABILITIES)}"])
-    return _open(root, spec, registry.driver(spec), model, durability, detach_barrier)
+    return _open(root, spec, registry.driver(spec), model, durability, detach_barrier, listeners)
 
 
 def sync(root: Path) -> None:
@@ -72,6 +84,18 @@ def sync(root: Path) -> None:
     locks.close()
 
 
+def _listeners(registry: Registry, config: Config) -> Listeners:
+    """The plugins that the configuration lists and that listen; each by itself, so that none can fail the others."""
+    for name, options in config.plugin_options.items():
+        registry.hooks([name]).storebackends_configure(options=options)
+
+    def call(hook: HookImpl, store: Store, event: Event) -> None:
+        given = {"store": store, "event": event}
+        hook.function(*[given[name] for name in hook.argnames])  # an answer need not take both
+
+    return [partial(call, hook) for hook in registry.hooks(config.plugins).storebackends_event.get_hookimpls()]
+
+
 def _open(
     root: Path,
     spec: BackendSpec,
@@ -79,6 +103,7 @@ def _open(
     options: object,
     durability: str | None,
     detach_barrier: Callable[[], None] | None,
+    listeners: Listeners,
 ) -> Store:
     marker = prepare(root, spec.name, durability, boot_id())
     with ExitStack() as undo, explained(f"opening the store {root}", root):
@@ -86,20 +111,33 @@ def _open(
         undo.callback(locks.close)
         scratch = root / "scratch"
         scratch.mkdir(mode=0o700, exist_ok=True)
-        failures = Failures(root)
+        events = Events(root, marker.uuid)
+        store: Store  # made below, before the first event is delivered
+        for listener in listeners:
+            events.listen(lambda event, listener=listener: listener(store, event))  # type: ignore[misc]
+        events.tell(Opened)
+        failures = Deaths(root, events)
         backend = driver(root, options, marker.uuid)
         backend.open()
         undo.callback(backend.close)
-        marker, presence = _catch_up(root, marker, backend, locks)
+        marker, presence = _catch_up(root, marker, backend, locks, events)
         recover(backend, locks, failures, scratch)
         store = Store(
-            root, marker, backend, locks=locks, presence=presence, failures=failures, detach_barrier=detach_barrier
+            root,
+            marker,
+            backend,
+            locks=locks,
+            presence=presence,
+            failures=failures,
+            events=events,
+            detach_barrier=detach_barrier,
         )
+        events.deliver()  # not before: the listeners get the store
         undo.pop_all()
     return store
 
 
-def _catch_up(root: Path, marker: Marker, backend: Backend, locks: Locks) -> tuple[Marker, Lock]:
+def _catch_up(root: Path, marker: Marker, backend: Backend, locks: Locks, events: Events) -> tuple[Marker, Lock]:
     """Share the store with all who have it open; first, if the host was restarted, drop what that may have broken."""
     boot = boot_id()
     while marker.boot != boot:
@@ -107,7 +145,9 @@ def _catch_up(root: Path, marker: Marker, backend: Backend, locks: Locks) -> tup
             marker = load(root)
             if marker.boot != boot:
                 if marker.durability != "none":
-                    drop_unsynced(backend, root / "result", boot)
+                    for id in drop_unsynced(backend, root / "result", boot):
+                        reason = "it may not have reached the disk before the host went down"
+                        events.tell(Recovered, id=id, attempt=None, reason=reason)
                 marker = marker.booted(boot)
                 marker.save(root)
     return marker, locks.store(exclusive=False)

@@ -7,6 +7,7 @@ Nothing here touches a store or the source folder; steps.py does. docs/reference
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -15,7 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, Self
 
@@ -31,6 +32,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from .caches import Mode
 from .errors import RecipeError
 from .ids import check_id
 from .registry import close_matches
@@ -65,6 +67,15 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache of the store that the commands find at *path*: in the tree, below ``~``, or an absolute one."""
+
+    name: str
+    path: str
+    mode: Mode
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One build. Its tree is that of *step* or of the result *base*, or empty; then come its copies and commands."""
 
@@ -79,6 +90,7 @@ class Step:
     timeout: float | None  # seconds, for all the commands together
     network: bool
     secrets: Sequence[Secret]
+    caches: Sequence[Cache]
 
     @property
     def inputs(self) -> Sequence[str]:
@@ -140,6 +152,16 @@ def _inside(path: str) -> str:
     if parts.anchor or ".." in parts.parts:
         raise ValueError(f"{path!r} leads out of its folder; use a relative path without '..'")
     return parts.as_posix()
+
+
+def _place(path: str) -> str:
+    """A path for a cache, as bubblewrap has it: below the tree, which is at /build, or the home folder, in /tmp."""
+    parts = PurePosixPath(path).parts
+    if ".." in parts or path.startswith("//") or len(parts) < 1 + (parts[:1] in (("/",), ("~",))):
+        raise ValueError(f"{path!r} is no place for a cache; name a folder in the tree, below ~, or an absolute one")
+    if parts[0] == "/" and parts[1] in ("build", "dev", "proc", "run", "tmp"):
+        raise ValueError(f"{path!r} is a step's own; use a path in the tree (relative), below ~, or another folder")
+    return PurePosixPath(path).as_posix()
 
 
 def _seconds(value: Any) -> float:
@@ -209,6 +231,12 @@ class _Copy(_Table):
     exclude: list[str] = []
 
 
+class _Cache(_Table):
+    name: Annotated[str, AfterValidator(check_id)]
+    path: Annotated[str, AfterValidator(_place)]
+    mode: Mode = "shared"
+
+
 class _Secret(_Table):
     env: str | None = None
     file: str | None = None
@@ -238,11 +266,23 @@ class _Step(_Table):
     timeout: Annotated[float | None, PlainValidator(_seconds)] = None
     network: bool | None = None
     secrets: dict[_Name, _Secret] = {}
+    caches: Annotated[list[_Cache], BeforeValidator(lambda value: value if isinstance(value, list) else [value])] = (
+        Field([], alias="cache")
+    )
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:
         if not self.copies and not self.run:
             raise ValueError("does nothing; give it 'run' or 'copy'")
+        return self
+
+    @model_validator(mode="after")
+    def _caches_apart(self) -> Self:
+        for one, other in itertools.permutations(self.caches, 2):
+            if one.name == other.name:
+                raise ValueError(f"has the cache {one.name!r} twice; a step gets one copy of each")
+            if PurePosixPath(one.path).is_relative_to(other.path):
+                raise ValueError(f"has the cache {one.name!r} inside the cache {other.name!r}; put them apart")
         return self
 
 
@@ -308,6 +348,7 @@ def _steps(document: _Document, folder: Path, problems: list[str]) -> dict[str, 
             timeout=table.timeout,
             network=document.recipe.network if table.network is None else table.network,
             secrets=[_secret(key, secret, folder) for key, secret in table.secrets.items()],
+            caches=[Cache(cache.name, cache.path, cache.mode) for cache in table.caches],
         )
         before = name
     if SCRATCH in steps:
@@ -381,6 +422,8 @@ def _keys(loc: tuple[str | int, ...]) -> Iterator[str]:
             table = _Copy
         case ("steps", _, "secrets", _, _):
             table = _Secret
+        case ("steps", _, "cache", _, _):
+            table = _Cache
     return (field.alias or name for name, field in table.model_fields.items())
 
 

@@ -30,6 +30,8 @@ class Record:
     outcome: str | None = None  # None while it runs; built, failed, cancelled or died
     reason: str | None = None  # why there is no result, as the caller was told
     log_length: int | None = None  # in bytes, fixed when the log was finished
+    digest: str | None = None  # of the tree as it was published, where the store keeps that (see digests.py)
+    waits_for: tuple[str, ...] = ()  # the ids whose builds its function waits for, so that a circle can be seen
 
     def save(self, path: Path) -> None:
         """Write the record to *path*, whole or not at all. Raises OSError."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from . import trees
+from . import caches, trees
 from .backend import Backend, Entry
 from .durability import unsynced
 from .errors import NotFound, StoreError
@@ -37,6 +37,7 @@ def recover(backend: Backend, locks: Locks, failures: Failures, scratch: Path) -
     for name in strays - {attempt for _, attempt in backend.unfinished()}:
         with _logged(name):
             trees.remove(scratch / name)
+    caches.sweep(backend, locks)
     backend.sweep()
 
 
@@ -58,8 +59,9 @@ def discard_dead(backend: Backend, failures: Failures, id: str, attempt: str) ->
 def drop_unsynced(backend: Backend, results: Path, boot: str) -> list[str]:
     """Delete the results that an unclean end of an earlier boot may have broken, and all that was built on them.
 
-    The caller holds the store for itself alone. Returns the ids.
+    Caches are dealt with alike. The caller holds the store for itself alone. Returns the ids.
     """
+    caches.drop_unsynced(backend, boot)
     lost = unsynced(results, boot)
     bases: dict[str, str | None] = {}
     for id in backend.ids():

@@ -22,8 +22,9 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from . import process
@@ -71,13 +72,15 @@ def bwrap(
     cwd: str = ".",
     network: bool = False,
     secrets: Path | None = None,
+    caches: Mapping[str, Path] = MappingProxyType({}),
     show: Sequence[Path] = (),
     hide: Sequence[Path] = (),
 ) -> list[str]:
     """The argv that runs *argv* inside, with *tree* at /build and *tmp* at /tmp, both writable, in the folder *cwd*.
 
-    *secrets* is a folder to see at /run/secrets. The folders *show* can be read at their own paths even where the
-    sandbox has something of its own above them, and in the folders *hide* nothing can be seen.
+    *secrets* is a folder to see at /run/secrets, *caches* are writable folders by the absolute path to see each at:
+    where the host has its root folder, it must have it. The folders *show* can be read at their own paths even where
+    the sandbox has something of its own above them, and in the folders *hide* nothing can be seen.
     """
     words = ["--die-with-parent", "--new-session", "--unshare-ipc", "--unshare-pid", "--unshare-uts"]
     words += ["--unshare-cgroup-try"] if network else ["--unshare-cgroup-try", "--unshare-net"]
@@ -89,6 +92,8 @@ def bwrap(
         words += _read_only(folder)
     for folder in hide:
         words += ["--tmpfs", os.path.realpath(folder), "--remount-ro", os.path.realpath(folder)]
+    for path, folder in caches.items():
+        words += ["--bind", str(folder), path]
     if secrets:
         words += ["--ro-bind", str(secrets), SECRETS]
     words += ["--remount-ro", "/", "--chdir", os.path.normpath(f"{TREE}/{cwd}")]

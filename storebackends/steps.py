@@ -2,7 +2,7 @@
 
     step-HEX = digest of   the id it starts from (a result of the store by its attempt too),
                            what it copies, its commands, environment, folder and names of secrets,
-                           the sandbox, the operating system and the architecture
+                           where its caches are, the sandbox, the operating system and the architecture
 
 So a step is built once for all recipes that have it, whatever they call it, and again when anything above changes: the
 step itself or one before it. The digests are known before anything is built, which makes `plan` cheap.
@@ -21,7 +21,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _FORMAT = 1
 """Part of every id: raised when the same step comes to mean another tree."""
+_WAY = "use a path below ~, or one in the tree"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class _Planner:
 
     def add(self, step: Step) -> None:
         """Plan *step*, after those it needs."""
+        self.problems += _misplaced(step, self._kind)
         digests = [None if copy.step else self._digest(step, number, copy) for number, copy in enumerate(step.copies)]
         facts = {
             "format": _FORMAT,
@@ -133,6 +135,7 @@ class _Planner:
             "env": dict(step.env),
             "workdir": step.workdir,
             "secrets": sorted(secret.name for secret in step.secrets),
+            "caches": sorted(cache.path for cache in step.caches),  # not what is in them: that makes it faster, at most
             "sandbox": self._kind,
             "network": step.network,
             "system": sys.platform,
@@ -235,41 +238,117 @@ class _Run:
 
     def _run(self, work: Workspace, planned: Planned) -> None:
         step = planned.step
+        caches = {}
+        for cache in sorted(step.caches, key=lambda cache: cache.name):  # in one order: a locked one may be waited for
+            work.log.write(f"cache {cache.name} -> {cache.path}\n".encode())
+            caches[cache.path] = work.cache(cache.name, cache.mode)
         deadline = None if step.timeout is None else time.monotonic() + step.timeout
         with _secrets(step.secrets, work.scratch) as secrets:
             for command in step.commands:
-                argv, cwd, env = self._call(work, planned, step.argv(command), secrets)
                 shown = command if isinstance(command, str) else shlex.join(command)
                 work.log.write(f"$ {shown}\n".encode())
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                try:
-                    work.run(argv, cwd=cwd, env=env, timeout=left)
-                except CommandFailed as error:  # of the shell or of bubblewrap, which are not what the user wrote
-                    raise CommandFailed([textwrap.shorten(shown, 80)], error.returncode, error.reason) from None
+                with _placed(work, planned.sandbox, caches) as binds:
+                    argv, cwd, env = self._call(work, planned, step.argv(command), secrets, binds)
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    try:
+                        work.run(argv, cwd=cwd, env=env, timeout=left)
+                    except CommandFailed as error:  # of the shell or of bubblewrap, which are not what the user wrote
+                        raise CommandFailed([textwrap.shorten(shown, 80)], error.returncode, error.reason) from None
 
     def _call(
-        self, work: Workspace, planned: Planned, argv: Sequence[str], secrets: Path | None
+        self, work: Workspace, planned: Planned, argv: Sequence[str], secrets: Path | None, binds: Mapping[str, Path]
     ) -> tuple[Sequence[str], str | None, Mapping[str, str]]:
         """What to run, in which folder of the tree and in which environment, for *argv* to run in the sandbox."""
         step = planned.step
         if planned.sandbox == "host":
             return argv, step.workdir, {**step.env, **({"SECRETS": str(secrets)} if secrets else {})}
-        tmp = work.scratch / "inside"
-        (tmp / "home").mkdir(parents=True, exist_ok=True)
-        tmp.chmod(0o1777)  # programs that drop root's rights expect it
         inside = sandbox.bwrap(
             argv,
             tree=work.path,
-            tmp=tmp,
+            tmp=_tmp(work),
             cwd=step.workdir,
             network=step.network,
             secrets=secrets,
+            caches=binds,
             # A recipe may well use the Python we run in, as our own does, and that may be below /tmp.
             show=[self._recipe.source, Path(sys.prefix), Path(sys.base_prefix)],
             hide=[self._store.root],
         )
         homes = {"HOME": f"{sandbox.TMP}/home", "TMPDIR": sandbox.TMP}
         return inside, None, {**homes, **step.env, **({"SECRETS": sandbox.SECRETS} if secrets else {})}
+
+
+def _tmp(work: Workspace) -> Path:
+    """The folder that is /tmp in the sandbox, and has the home folder in it."""
+    tmp = work.scratch / "inside"
+    (tmp / "home").mkdir(parents=True, exist_ok=True)
+    tmp.chmod(0o1777)  # programs that drop root's rights expect it
+    return tmp
+
+
+def _misplaced(step: Step, kind: sandbox.Kind) -> Iterator[str]:
+    for number, path in enumerate(cache.path for cache in step.caches):
+        if not path.startswith("/"):
+            continue
+        if kind == "host":
+            yield f"steps.{step.name}.cache.{number}.path: {path} would be the host's own, as there is no sandbox; {_WAY}"
+        elif os.path.lexists(f"/{path.split('/')[1]}") and not os.path.isdir(path):
+            yield f"steps.{step.name}.cache.{number}.path: this host has no {path}, and in it nothing can be made; {_WAY}"
+
+
+@contextmanager
+def _placed(work: Workspace, kind: sandbox.Kind, caches: Mapping[str, Path]) -> Iterator[Mapping[str, Path]]:
+    """Have each cache at its path while a command runs, and nothing of it there afterwards.
+
+    On the host by a link; for bubblewrap there is a folder to cover, and what comes out is what to bind where. The way
+    there may be anything that an earlier command left, so no link on it is followed.
+    """
+    binds: dict[str, Path] = {}
+    with ExitStack() as undo:
+        for path, cache in caches.items():
+            if path.startswith("/"):
+                binds[path] = cache
+                continue
+            root, at, relative = work.path, sandbox.TREE, path
+            if path.startswith("~/"):
+                root, at, relative = (work.scratch if kind == "host" else _tmp(work)), sandbox.TMP, f"home/{path[2:]}"
+            _place(work, root, relative, cache if kind == "host" else None, undo)
+            if kind == "bwrap":
+                binds[f"{at}/{relative}"] = cache
+        yield binds
+
+
+def _place(work: Workspace, root: Path, relative: str, link: Path | None, undo: ExitStack) -> None:
+    """Have a link to *link*, or a folder, at *relative* in *root*."""
+    names = relative.split("/")
+    ways = ["/".join(names[: number + 1]) for number in range(len(names))]
+    missing = [way for way in ways if not os.path.lexists(root / way)]
+    if link and relative not in missing:
+        raise StoreError(f"there is a {relative!r} where the step has a cache; remove it, or use another path")
+    undo.callback(_unplace, root, missing, link)
+    if not missing:
+        trees.resolve_inside(root, relative)
+        return
+    with tempfile.TemporaryDirectory(dir=work.scratch) as folder:
+        new = Path(folder, "new")
+        if link:
+            new.symlink_to(link, target_is_directory=True)
+        else:
+            trees.create(new)
+        trees.copy_into(new, root, relative)
+
+
+def _unplace(root: Path, made: Sequence[str], link: Path | None) -> None:
+    """Remove what _place() made; not what a command put there instead, or into those folders."""
+    for relative in reversed(made):
+        parent, _, name = relative.rpartition("/")
+        with suppress(StoreError):  # the parent is no folder any more
+            path = trees.resolve_inside(root, parent or ".") / name
+            if not path.is_symlink():
+                with suppress(OSError):
+                    path.rmdir()
+            elif os.readlink(path).removeprefix("\\\\?\\") == str(link):  # Windows adds that
+                path.unlink()
 
 
 def _warnings(step: Step, names: Sequence[str]) -> Iterator[str]:

@@ -15,23 +15,29 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from .backend import Backend, Capability, Entry, Size, Usage
 from .builds import Build, Builds, Running
+from .caches import CacheInfo, Caches, Mode
+from .digests import digest
 from .durability import Durability
 from .errors import BaseNotFound, BuildFailed, Busy, Cancelled, CommandFailed, NotFound, StoreError, explained
+from .events import Attached, Event, Events, Hit, Listener, Pruned
 from .failures import Failures
+from .fsck import Check, Report
 from .ids import check_id, new_attempt
 from .index import Index
 from .locks import Lease, Lock, Locks
 from .log import BuildLog
 from .marker import Marker
+from .prune import LowWater, Plan, Policy, Pruning
 from .records import Record
-from .recovery import discard_dead
 from .results import Result, saved_log
+from .sharing import Sharing
 from .workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -52,6 +58,7 @@ class Store:
         locks: Locks,
         presence: Lock,
         failures: Failures,
+        events: Events,
         detach_barrier: Callable[[], None] | None = None,
     ) -> None:
         self._root, self._marker, self._backend, self._locks, self._failures = root, marker, backend, locks, failures
@@ -59,8 +66,16 @@ class Store:
         self._scratch = root / "scratch"
         self._index = Index(root, root / "result")
         self._durability = Durability(marker.durability, backend.sync_paths(), root / "result")
+        self._caches = Caches(backend, locks, self._durability, marker.boot)
         self._detach_barrier = detach_barrier
-        self._builds = Builds()
+        self.prune_policy: Policy | None = None
+        """What prune() goes by where it is not told; with a min_free, builds prune first where less is free."""
+        self.verify = False
+        """Keep the digest of each tree that is published from now on, for fsck() to compare. Reads the whole tree."""
+        self._low_water = LowWater()
+        self._events = events
+        self._builds = Builds(root)
+        self._sharing = Sharing(root, backend, locks, failures, self._builds)
         self._results: weakref.WeakSet[Result] = weakref.WeakSet()
         self._closed = threading.Event()
         self._pid = os.getpid()
@@ -98,8 +113,7 @@ class Store:
         build, running = self._begin(id, base)
         try:
             if running:
-                with self._builds.waiting(id):
-                    self._execute(running, fn, base)
+                self._execute(running, fn, base)
                 if running.error and not isinstance(running.error, StoreError):
                     raise running.error
             return build.wait()
@@ -136,12 +150,11 @@ class Store:
         running = self._builds.get(check_id(id))
         if running and running.current_log:
             return running.current_log
+        # In the order in which a log moves, so that none is missed on its way.
+        if live := self._sharing.follow(id):
+            return live
         if entry := self._backend.result(id):
             return saved_log(entry)
-        for other, attempt in self._backend.unfinished():
-            if other == id:
-                with suppress(NotFound):
-                    return BuildLog.saved(self._root / "in-progress" / f"{id}~{attempt}" / "log")
         if failed := self._failures.newest(id):
             return saved_log(failed)
         raise NotFound(id, f"no build, result or failure of {id!r} is known here, so there is no log")
@@ -181,10 +194,76 @@ class Store:
         self._check_open()
         return self._backend.size(check_id(id))
 
+    @contextmanager
+    def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Iterator[Path]:
+        """Lend a private copy of the cache *name*, a folder to change at will; given back when the block ends well.
+
+        A new cache is an empty folder of *owner*. With "shared" the first to give back wins, and the copies of those
+        who borrowed meanwhile are dropped; "private" is never given back; "locked" waits for other "locked" ones. What
+        a block that raises did to its copy is dropped. Raises InvalidId, NotSupported, NoSpace, or Busy for a wait that
+        could be for oneself.
+        """
+        self._check_open()
+        with self._caches.borrow(name, mode, owner, self._closed.is_set) as loan:
+            yield loan.path
+            self._check_open()  # closed meanwhile, so that no lock keeps it in order
+
+    def caches(self) -> list[CacheInfo]:
+        """What is known of each cache, by name. Measures them all, which may take long."""
+        self._check_open()
+        return self._caches.infos()
+
+    def delete_cache(self, name: str) -> bool:
+        """Delete a cache; False where there was none of that name. Raises Busy while it is lent, in any process."""
+        self._check_open()
+        return self._caches.delete(name)
+
     def usage(self) -> Usage:
         """Space below the store, on the tightest file system that holds trees."""
         self._check_open()
         return self._backend.usage()
+
+    def prune(
+        self,
+        *,
+        min_free: int | str | None = None,
+        max_used: int | str | None = None,
+        keep_for: float | str | None = None,
+        max_items: int | None = None,
+        all: bool = False,
+        dry_run: bool = False,
+    ) -> Plan:
+        """Delete the least recently used results until the rules are met, and tell what went, what stayed, and why.
+
+        What a rule is, see storebackends.prune.Policy; one that is not given is as in `prune_policy`. With *all*
+        everything goes that is not in use, and only the rules given here hold. Never waits for a result in use. With
+        *dry_run* nothing is deleted. Raises ConfigError for a rule that makes no sense, or where there is none.
+        """
+        self._check_open()
+        given = Policy(min_free, max_used, keep_for, max_items)
+        return self._prune(given.over(None if all else self.prune_policy), all=all, dry_run=dry_run)
+
+    def fsck(
+        self, *, repair: bool = False, content: bool = False, sample: int | None = None, seed: int | None = None
+    ) -> Report:
+        """Hold the disk against the index, the locks and the mounts, and report what does not fit.
+
+        With *content* the trees whose digest was kept are read and compared: all, or *sample* of them, chosen by
+        *seed*. With *repair* what can be mended is; a result that is damaged moves to quarantine/, with all that was
+        built on it, for its id to be built anew. Never touches what is in use, nor files that nobody here made.
+        """
+        self._check_open()
+        check = Check(self._backend, self._index, self._locks, self._failures, self.durability, self._unused)
+        return check.run(repair=repair, content=content, sample=sample, seed=seed)
+
+    def listen(self, listener: Callable[[Event], object]) -> Listener:
+        """Have *listener* called with each event (see storebackends.events) from now on, until its handle's close().
+
+        It is called in a thread of the store's own, one event at a time. What it raises is logged. Where it is too
+        slow the oldest events are dropped. It may call the store, but not close it and wait.
+        """
+        self._check_open()
+        return self._events.listen(listener)
 
     def close(self) -> None:
         """End the builds under way, release every Result, bring what was published to the disk. Idempotent."""
@@ -192,6 +271,7 @@ class Store:
             return
         for running in self._builds.close():
             running.wait(None)
+        self._events.close()  # now, while a listener may still ask the store
         self._closed.set()
         for result in list(self._results):
             result.release()
@@ -201,6 +281,7 @@ class Store:
             undo.callback(self._backend.close)
             undo.callback(self._index.close)
             undo.callback(self._close_durability)
+            undo.callback(self._sharing.close)
 
     def __enter__(self) -> Store:
         return self
@@ -235,12 +316,14 @@ class Store:
     def _keep(self, id: str, lease: Lease, outcome: str) -> Result:
         result = Result(self._entry(id), lease, outcome, self._backend.view)
         self._results.add(result)
+        if self._events.heard and outcome != "built":
+            self._events.tell(Hit if outcome == "hit" else Attached, id=id)
         return result
 
     def _execute(self, running: Running, fn: Function, base: str | None) -> None:
         error: BaseException | None = None
         try:
-            with self._builds.building(running):
+            with self._builds.waiting(running.id), self._builds.building(running):
                 self._live(running, fn, base)
         except BaseException as raised:  # noqa: BLE001 (each caller gets it, or its like)
             error = raised
@@ -249,40 +332,19 @@ class Store:
     def _live(self, running: Running, fn: Function, base: str | None) -> None:
         with ExitStack() as held:
             if base is not None:
-                self._await_base(running, base)
+                self._sharing.await_base(running, base)
                 held.enter_context(self._locks.lease(base))
                 if self._backend.result(base) is None:
                     raise BaseNotFound(running.id, base)
-            work = self._locks.work(running.id, cancelled=running.cancel.is_set)
-            if work is None:
-                raise Cancelled(running.id)
-            held.enter_context(work)
-            if self._backend.result(running.id):
+                self._index.touch(base)
+            if policy := self.prune_policy:
+                self._low_water.check(policy, self._backend.usage, partial(self._prune, policy))
+            if work := self._sharing.own(running):
+                held.enter_context(work)
+                self._attempt(running, fn, base)
+            else:
                 running.outcome = "attached"
                 self._index.touch(running.id)
-            else:
-                self._clear(running.id)
-                self._attempt(running, fn, base)
-
-    def _await_base(self, running: Running, base: str) -> None:
-        """Return when no build of *base* is under way, before anything but the id's own lease is held."""
-        while not self._backend.result(base):
-            here = self._builds.get(base)
-            with self._builds.waiting(base):
-                if here:
-                    here.wait(None)
-                elif any(id == base for id, _ in self._backend.unfinished()):
-                    lock = self._locks.work(base, cancelled=running.cancel.is_set)
-                    if lock is None:
-                        raise Cancelled(running.id)
-                    lock.release()
-            if not here:
-                return
-
-    def _clear(self, id: str) -> None:
-        for other, attempt in list(self._backend.unfinished()):
-            if other == id:
-                discard_dead(self._backend, self._failures, id, attempt)
 
     def _attempt(self, running: Running, fn: Function, base: str | None) -> None:
         record = Record(
@@ -294,9 +356,15 @@ class Store:
             pid=os.getpid(),
             started=time.time(),
         )
-        self._index.add(record.id, record.attempt, base)
+        is_published = partial(self._is_published, record)
+        with self._events.attempt(record, lambda: running.current_log, is_published):
+            self._make(running, fn, record)
+
+    def _make(self, running: Running, fn: Function, record: Record) -> None:
+        self._index.add(record.id, record.attempt, record.base)
         with explained(f"beginning the build of {record.id!r}", self._root):
-            entry = self._backend.build(record.id, base, record.attempt, record)
+            entry = self._backend.build(record.id, record.base, record.attempt, record)
+        running.note = partial(_note_waits, entry, record)
         try:
             self._fill(running, entry, fn)
             self._publish(running, entry, record)
@@ -311,14 +379,17 @@ class Store:
         with explained(f"beginning the log of {entry.id!r}", self._root):
             build_log = BuildLog.create(entry.log)
         running.has_log(build_log)
-        work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch / entry.attempt)
+        scratch = self._scratch / entry.attempt
+        work = Workspace(self._backend, entry, build_log, running.cancel, scratch, self._caches)
         try:
             fn(work)
+            work.end(give_back=True)
         except Exception as error:
             if running.cancel.is_set():
                 raise Cancelled(entry.id, entry.attempt) from error
             raise BuildFailed(entry.id, entry.attempt, _reason(error)) from error
         finally:
+            self._builds.publishes(running)
             work.end()
         if running.cancel.is_set():
             raise Cancelled(entry.id, entry.attempt)
@@ -331,13 +402,22 @@ class Store:
         assert build_log is not None  # noqa: S101 (_fill made it)
         with explained(f"publishing {entry.id!r}", self._root):
             length = build_log.finish()
-            replace(record, finished=time.time(), outcome="built", log_length=length).save(entry.record)
+            digest = self._digest(tree) if self.verify and tree else None
+            final = replace(record, finished=time.time(), outcome="built", log_length=length, digest=digest)
+            final.save(entry.record)
             self._durability.before_rename(entry, tree, self._backend.seals_durably)
             with build_log.moving() as move:
                 published = self._backend.rename(entry.id)
                 move.to(published.log)
         self._after_rename(published, record)
         build_log.close()
+
+    def _digest(self, tree: Path) -> str | None:
+        try:
+            return digest(tree)
+        except StoreError as error:
+            log.warning("a result is published without a digest: %s", error)
+            return None
 
     def _after_rename(self, published: Entry, record: Record) -> None:
         # The result is there: what fails now is told, and fails nothing.
@@ -387,14 +467,29 @@ class Store:
             stack += self.children(order[-1])
         return order[::-1]
 
-    def _delete_one(self, id: str) -> None:
+    def _prune(self, policy: Policy, *, all: bool = False, dry_run: bool = False) -> Plan:
+        started = time.monotonic()
+        plan = Pruning(self._backend, self._index, self._unused, self.children, policy).run(all=all, dry_run=dry_run)
+        if plan.steps and not dry_run:
+            ids, freed = tuple(step.id for step in plan.steps), plan.freed
+            seconds = time.monotonic() - started
+            self._events.tell(Pruned, ids=ids, bytes=freed.bytes, exact=freed.exact, seconds=seconds)
+        return plan
+
+    @contextmanager
+    def _unused(self, id: str, named: bool = True) -> Iterator[None]:
+        """Hold both locks of *id*. Raises Busy where anybody uses it, and if *named* says who."""
         with ExitStack() as held:
             for lock in (self._locks.try_work, self._locks.try_use):
                 taken = lock(id)
                 if taken is None:
-                    holders = self._locks.holders(id)
+                    holders = self._locks.holders(id) if named else []
                     raise Busy(id, f"in use by {', '.join(holders) or 'another process'}; wait, or end that", holders)
                 held.enter_context(taken)
+            yield
+
+    def _delete_one(self, id: str) -> None:
+        with self._unused(id):
             # Asked under the locks: a build on this id leases it first, and a published one left an edge.
             if children := self.children(id):
                 raise Busy(
@@ -433,7 +528,14 @@ class Store:
                 hand_over()
 
     def _abandon(self) -> None:
+        self._events.abandon()
         self._durability.abandon()
+
+
+def _note_waits(entry: Entry, record: Record, waits_for: tuple[str, ...]) -> None:
+    # Another process may miss a circle for want of it, and wait until somebody cancels; the build itself is well.
+    with suppress(OSError):
+        replace(record, waits_for=waits_for).save(entry.record)
 
 
 def _reason(error: BaseException) -> str:

@@ -36,7 +36,7 @@ class Signal:
     def __init__(self, paths: Iterable[str | os.PathLike[str]] = ()) -> None:
         self._event = threading.Event()
         self._watches: set[int] = set()
-        self._told = False
+        self._told = True  # of every change; else it has to poll
         self._woken = 0.0
         for path in paths:
             self.add(path)
@@ -44,20 +44,21 @@ class Signal:
     def add(self, path: str | os.PathLike[str]) -> None:
         """Watch *path* as well. A file that is gone, or cannot be watched, is looked at by polling."""
         watch = _watcher.add(self, os.fspath(path))
-        if watch is not None:
+        if watch is None:
+            self._told = False
+        else:
             self._watches.add(watch)
-        self._told = bool(self._watches)
 
     def set(self) -> None:
         """Wake the waiter now, from any thread."""
         self._event.set()
 
-    def wait(self) -> None:
-        """Return at a change since the last call, or for another look; at most NET seconds later."""
+    def wait(self, longest: float = NET) -> None:
+        """Return at a change since the last call, or for another look; at most *longest* seconds later."""
         early = self._woken + PACE - time.monotonic()
         if early > 0 and self._event.is_set():
             time.sleep(early)  # a busy writer is followed in strides
-        self._event.wait(NET if self._told else POLL)
+        self._event.wait(min(longest, NET if self._told else POLL))
         self._event.clear()
         self._woken = time.monotonic()
 
@@ -149,6 +150,7 @@ class _Watcher:
                 if mask & _IGNORED:
                     for signal in self._signals.pop(watch, ()):
                         signal._watches.discard(watch)
+                        signal._told = False  # the file is gone; another may take its place
                         signal.set()
             for watch in woken:
                 for signal in self._signals.get(watch, ()):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import process, trees
 from .backend import Backend, Entry
+from .caches import Caches, Loan, Mode
 from .errors import Cancelled, CommandFailed, StoreError
 from .log import BuildLog
 
@@ -19,8 +20,12 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 class Workspace:
     """One build, seen from inside. Valid until the function returns."""
 
-    def __init__(self, backend: Backend, entry: Entry, log: BuildLog, cancel: process.Cancel, scratch: Path) -> None:
+    def __init__(
+        self, backend: Backend, entry: Entry, log: BuildLog, cancel: process.Cancel, scratch: Path, caches: Caches
+    ) -> None:
         self._backend, self._entry, self._cancel, self._scratch = backend, entry, cancel, scratch
+        self._caches = caches
+        self._loans: dict[tuple[str, Mode], Loan] = {}
         self._ended = False
         self.log = log
         """The build's log: `log.write(b"...")`. What run() prints goes there by itself."""
@@ -64,6 +69,16 @@ class Workspace:
         self._check()
         self._backend.copy_in(self._entry, Path(source), dest)
 
+    def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Path:
+        """Borrow a private copy of a cache, a folder outside the tree, until the function returns; see Store.cache().
+
+        It is given back if the function succeeds. Asked for again in the same mode, it is the same copy.
+        """
+        self._check()
+        if (name, mode) not in self._loans:
+            self._loans[name, mode] = self._caches.borrow(name, mode, owner, self._cancel.is_set)
+        return self._loans[name, mode].path
+
     def run(
         self,
         argv: Sequence[str | os.PathLike[str]],
@@ -103,9 +118,18 @@ class Workspace:
             raise CommandFailed(words, done.returncode, process.ending(done.returncode))
         return done
 
-    def end(self) -> None:
-        """Refuse whatever a thread that outlives the function still asks for, and remove the scratch folder."""
+    def end(self, *, give_back: bool = False) -> None:
+        """Refuse whatever a thread that outlives the function still asks for, and remove all but the tree. Idempotent.
+
+        With *give_back*, give back what was borrowed first. Raises Cancelled, or StoreError where that fails.
+        """
+        if give_back:
+            self._check()  # a function that is cancelled may have returned in the middle of its work
+            for loan in self._loans.values():
+                loan.give_back()
         self._ended = True
+        while self._loans:
+            self._loans.popitem()[1].drop()
         trees.remove(self._scratch)
 
     def _check(self) -> None:

@@ -16,6 +16,7 @@ EXAMPLES = [
     errors.Busy("a", "in use", ["pid 1"]),
     errors.BuildFailed("a", "0123", "make ended with status 2"),
     errors.Cancelled("a", "0123"),
+    errors.BuilderDied("a", "0123", "its builder (pid 7) died"),
     errors.CommandFailed(["make", "all"], 2, "ended with status 2", "no rule"),
     errors.NoSpace("/store", "disk quota exceeded"),
     errors.NotSupported("mounting", "not root", "run as root"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from storebackends._log_posix import DupFd
 from storebackends._log_windows import PathReopen
 from storebackends.errors import NoSpace, NotFound, NotSupported, StoreError
-from storebackends.log import NATIVE, BuildLog, LogReader, Strategy
+from storebackends.log import NATIVE, BuildLog, LogReader, Strategy, _Waiters
 from tests.capabilities import needs
 
 PATIENCE = 60
@@ -133,9 +135,11 @@ def test_bytes_are_not_edited(log: BuildLog) -> None:
 
 
 def test_writes_of_many_threads_stay_whole(log: BuildLog) -> None:
-    lines = [[b"%d %d\n" % (thread, n) for n in range(200)] for thread in range(8)]
+    lines = [[b"%d %d\n" % (thread, n) for n in range(500)] for thread in range(8)]
+    together = threading.Barrier(len(lines))
 
     def write(mine: list[bytes]) -> None:
+        together.wait(PATIENCE)
         for line in mine:
             log.write(line)
 
@@ -170,6 +174,34 @@ def test_a_waiting_crowd_hears_of_one_byte(log: BuildLog) -> None:
 
     assert [thread.result() for thread in threads] == [b"!"] * 20
     log.close()
+
+
+def test_news_between_a_reader_s_question_and_its_wait_is_not_lost() -> None:
+    waiters = _Waiters()
+    asked: list[int] = []
+
+    def ready() -> bool:
+        asked.append(len(asked))
+        if len(asked) == 1:
+            waiters.grown()
+        return len(asked) > 1
+
+    assert Thread(waiters.wait, ready).result() is None
+    assert asked == [0, 1]
+
+
+def test_a_lone_reader_holds_little_of_a_long_log(log: BuildLog) -> None:
+    for _ in range(20):
+        log.write(bytes(1 << 20))
+    log.finish()
+    tracemalloc.start()
+
+    length = sum(map(len, log.tail()))
+    _, peak = tracemalloc.get_traced_memory()
+
+    tracemalloc.stop()
+    assert length == 20 << 20
+    assert peak < 5 << 20
 
 
 def test_readers_of_one_region_share_its_bytes(log: BuildLog) -> None:
@@ -252,6 +284,29 @@ def test_closing_a_reader_ends_the_thread_that_waits_in_it(log: BuildLog) -> Non
 
     assert [ended, *(threads[n].result() for n in (0, 2))] == [[], [b"for the others"], [b"for the others"]]
     assert list(readers[1]) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs waits that a signal ends")
+def test_an_interrupted_reader_strands_no_other(log: BuildLog) -> None:
+    first, second = log.tail(), log.tail()
+
+    def interrupt() -> Thread:
+        wait_until_it_waits(first)
+        waiting = Thread(next, second)
+        wait_until_it_waits(second)
+        os.kill(os.getpid(), signal.SIGINT)
+        return waiting
+
+    thread = Thread(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        next(first)
+    log.write(b"heard")
+
+    waiting = thread.result()
+    assert isinstance(waiting, Thread)
+    assert waiting.result() == b"heard"
+    log.close()
+    assert list(first) == [b"heard"]
 
 
 def test_a_finished_log_takes_no_more(log: BuildLog) -> None:

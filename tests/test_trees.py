@@ -398,6 +398,26 @@ def test_a_linked_tree_has_new_folders_and_the_same_files(tmp_path: Path) -> Non
     assert not os.path.samefile(source / "folder", tmp_path / "linked" / "folder")
 
 
+def test_what_cannot_be_linked_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, link = tmp_path / "source", os.link
+    source.mkdir()
+    for name in ("full", "other"):
+        (source / name).write_bytes(b"x")
+    before = census(source)
+
+    def full(name: str, target: str, **where: Any) -> None:
+        if name == "full":
+            raise OSError(errno.EMLINK, "as ext4 says at 65,000 links")
+        link(name, target, **where)
+
+    monkeypatch.setattr(os, "link", full)
+    trees.link(source, tmp_path / "linked")
+
+    assert census(tmp_path / "linked") == before
+    assert not (tmp_path / "linked" / "full").samefile(source / "full")
+    assert (tmp_path / "linked" / "other").samefile(source / "other")
+
+
 def test_size_counts_blocks_and_every_inode_once(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     empty = trees.size(tmp_path / "tree")
@@ -558,6 +578,34 @@ def copy_into_it(tree: Path, scratch: Path) -> set[str]:
     return set()
 
 
+@pytest.mark.parametrize("verb", [remove_it, copy_it])
+def test_a_folder_swapped_for_a_link_at_the_last_moment_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: Callable[[Path, Path], set[str]]
+) -> None:
+    outside, tree, enter = tmp_path / "outside", tmp_path / "tree", _trees_walk.Chain.enter
+    outside.mkdir()
+    (outside / "precious").write_bytes(b"secret")
+    (tree / "a" / "below").mkdir(parents=True)
+    before, swapped = census(outside), list[Path]()
+
+    def enter_late(chain: _trees_walk.Chain, name: str) -> None:
+        if name == "a" and (tree / "a").is_dir() and not swapped:
+            swapped.append((tree / "a").rename(tmp_path / "moved"))
+            (tree / "a").symlink_to(outside)
+        enter(chain, name)
+
+    monkeypatch.setattr(_trees_walk.Chain, "enter", enter_late)
+    if verb is copy_it:
+        with pytest.raises(StoreError, match="'a'"):
+            verb(tree, tmp_path / "scratch")
+    else:
+        verb(tree, tmp_path / "scratch")
+
+    assert swapped
+    assert census(outside) == before
+    assert tree.exists() == (verb is copy_it)
+
+
 @pytest.mark.parametrize("verb", [remove_it, copy_it, copy_into_it])
 def test_a_folder_that_becomes_a_link_leads_nowhere(tmp_path: Path, verb: Callable[[Path, Path], set[str]]) -> None:
     outside, tree, done = tmp_path / "outside", tmp_path / "tree", threading.Event()
@@ -575,7 +623,7 @@ def test_a_folder_that_becomes_a_link_leads_nowhere(tmp_path: Path, verb: Callab
 
     def act() -> None:
         try:
-            for _ in range(200):
+            for _ in range(100):
                 with suppress(OSError):
                     (tree / "a").mkdir(parents=True, exist_ok=True)
                 with suppress(StoreError):

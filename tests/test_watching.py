@@ -19,8 +19,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "NET", WAIT)
 
 
-def woken_by(signal: Signal, change: threading.Event | None = None) -> threading.Thread:
-    thread = threading.Thread(target=signal.wait)
+def woken_by(signal: Signal) -> threading.Thread:
+    thread = threading.Thread(target=signal.wait, args=(WAIT,))
     thread.start()
     return thread
 

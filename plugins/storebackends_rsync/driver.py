@@ -36,13 +36,17 @@ class RsyncBackend(EntryBackend):
 
     def clone(self, source: Entry | None, entry: Entry) -> None:
         """Copy the tree by rsync, or make it of links."""
-        tree = self.tree(entry)
-        if source is None:
-            trees.create(tree)
-        elif self.options.mode == "hardlink_unsafe":
-            _rsync(self.tree(source), tree, link_to=self.tree(source))
+        if source is not None and self.options.mode == "hardlink_unsafe":
+            _rsync(self.tree(source), self.tree(entry), link_to=self.tree(source))
         else:
-            _rsync(self.tree(source), tree)
+            self.clone_cache(source, entry)
+
+    def clone_cache(self, source: Entry | None, entry: Entry) -> None:
+        """Copy the tree by rsync in every mode: a cache is written to in place."""
+        if source is None:
+            trees.create(self.tree(entry))
+        else:
+            _rsync(self.tree(source), self.tree(entry))
 
     def seal(self, entry: Entry) -> None:
         """In hardlink mode, link what equals the base: beside the tree, which is then replaced by one rename."""

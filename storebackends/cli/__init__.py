@@ -12,6 +12,7 @@ command is asked for goes to stdout, what it has to say about that to stderr, an
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -88,6 +89,8 @@ for command in (build, run, import_, result, log, ls, tree, show, rm, df, config
 
 def main() -> None:
     """Run the command line and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a log may have what the terminal's encoding has not
     # As Ctrl-C does, so that the store's clean-up runs. Under nohup it stays ignored.
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from storebackends.errors import Cancelled, StoreError
 
-from ._common import as_json, example, find, print_json, with_store
+from ._common import FilePath, as_json, example, find, print_json, with_store
 from ._progress import Progress, choose
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from storebackends.log import BuildLog
     from storebackends.recipe import Recipe
     from storebackends.steps import Planned, StepResult, Watcher
@@ -34,12 +34,12 @@ quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but the 
         "storebackends result $(storebackends build -q recipe.toml wheel)",
     )
 )
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("recipe", type=FilePath(exists=True, dir_okay=False))
 @click.argument("targets", metavar="[STEP]...", nargs=-1)
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="Set one of the recipe's args.")
 @click.option(
     "--source",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FilePath(exists=True, file_okay=False),
     help="The folder that copies come from, instead of the recipe's.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Only tell which steps are there already, and which would run.")
@@ -166,6 +166,8 @@ def run(store: Store, command: tuple[str, ...], base: str | None, id: str | None
 
 
 def _digest(store: Store, base: str | None, command: tuple[str, ...]) -> str:
+    import hashlib
+
     facts = [base, base and store.record(base).attempt, command]
     return f"run-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}"
 
@@ -178,7 +180,7 @@ def _digest(store: Store, base: str | None, command: tuple[str, ...]) -> str:
         "storebackends import ./rootfs --id local",
     ),
 )
-@click.argument("source", metavar="DIR|TAR", type=click.Path(exists=True, allow_dash=True, path_type=Path))
+@click.argument("source", metavar="DIR|TAR", type=FilePath(exists=True, allow_dash=True))
 @click.option("--id", metavar="ID", required=True, help="Keep the tree under this id.")
 @quiet
 @as_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -13,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from storebackends.errors import NotFound, StoreError
-from storebackends.ids import check_id
+from storebackends.errors import CommandFailed, NotFound, StoreError
 
 if TYPE_CHECKING:
     from storebackends.store import Store
@@ -32,6 +32,15 @@ def fail(message: str, exit_code: int) -> NoReturn:
     """End the command, with a message on stderr."""
     click.echo(f"storebackends: {printable(message)}", err=True)
     raise click.exceptions.Exit(exit_code)
+
+
+class FilePath(click.Path):
+    """click.Path for a Path, without pathlib until there is one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from pathlib import Path
+
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 def example(*lines: str) -> str:
@@ -52,12 +61,15 @@ def with_store(command: Callable[..., T]) -> Callable[..., T]:
 
 
 def _open(name: str | None) -> Store:
-    from storebackends.opening import open_store
+    from storebackends.opening import open_store, sync
     from storebackends.process import detach
 
     def hand_over() -> None:
-        # -P: what lies in the current folder must not be imported.
-        detach([sys.executable, "-P", "-m", "storebackends", "_sync", str(store.root)])
+        try:
+            # -P: what lies in the current folder must not be imported.
+            detach([sys.executable, "-P", "-m", "storebackends", "_sync", str(store.root)])
+        except CommandFailed:
+            sync(store.root)
 
     store = open_store(name, detach_barrier=hand_over)
     return store
@@ -75,6 +87,8 @@ def find(store: Store, text: str, more: Iterable[str] = ()) -> str:
         some = ", ".join(sorted(found)[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
         raise click.UsageError(f"{text!r} may be any of {len(found)} ids: {some}")
     if not found:
+        from storebackends.ids import check_id
+
         raise NotFound(check_id(text))
     return found.pop()
 
@@ -82,6 +96,13 @@ def find(store: Store, text: str, more: Iterable[str] = ()) -> str:
 def printable(text: str) -> str:
     """*text* with all that could play tricks on a terminal spelled out; lines and tabs stay."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def facts(thing: Any) -> dict[str, Any]:
+    """The fields of a dataclass and their values."""
+    from dataclasses import asdict
+
+    return asdict(thing)
 
 
 def print_json(value: object) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from storebackends.errors import ConfigError, StoreError
 
-from ._common import as_json, example, fail, print_json, printable
+from ._common import FilePath, as_json, example, fail, print_json, printable
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from storebackends.backend import BackendSpec, Support
     from storebackends.config import Config, StoreConfig
     from storebackends.registry import Registry
@@ -87,15 +88,15 @@ def plugins(as_json: bool) -> None:
 
 
 @click.command(epilog=example("storebackends doctor --path /srv"))
-@click.option(
-    "--path", type=click.Path(path_type=Path), help="Ask for stores in this folder, instead of the default one's."
-)
+@click.option("--path", type=FilePath(), help="Ask for stores in this folder, instead of the default one's.")
 @as_json
 def doctor(path: Path | None, as_json: bool) -> None:
     """Tell which backends can be used on this host, and if not, why and what would help; and try the stores.
 
     Ends with 3 where a configured store cannot be opened, and with 2 where the configuration is wrong.
     """
+    from pathlib import Path
+
     from storebackends.config import load
     from storebackends.registry import Registry
     from storebackends.sandbox import why_not
@@ -177,7 +178,7 @@ def _verdict(name: str, good: bool, reason: object, fix: object) -> None:
 
 
 @click.command("_sync", hidden=True, epilog=example("storebackends _sync /srv/builds"))
-@click.argument("root", type=click.Path(path_type=Path))
+@click.argument("root", type=FilePath())
 def sync(root: Path) -> None:
     """Bring what is in the store at ROOT to the disk; started by other commands as they end."""
     from storebackends.opening import sync

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Generator, Iterator
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from storebackends.errors import NotFound, StoreError
 
-from ._common import as_json, example, find, human_size, human_time, print_facts, print_json, printable, with_store
+from ._common import (
+    as_json,
+    example,
+    facts,
+    find,
+    human_size,
+    human_time,
+    print_facts,
+    print_json,
+    printable,
+    with_store,
+)
 
 if TYPE_CHECKING:
     from storebackends.records import Record
     from storebackends.store import Store
-
-_PACE = 0.1  # seconds between two looks at a log that another process writes
 
 
 @click.command(epilog=example("cp -a $(storebackends result app-1)/dist ."))
@@ -35,7 +41,7 @@ def result(store: Store, id: str, as_json: bool) -> None:
     id = find(store, id)
     with store.result(id) or _vanished(id) as found:
         if as_json:
-            print_json({**asdict(found.record), "path": str(found.path)})
+            print_json({**facts(found.record), "path": str(found.path)})
         elif sys.stdout.isatty():
             click.echo(printable(str(found.path)))
         else:
@@ -53,28 +59,15 @@ def log(store: Store, id: str, follow: bool) -> None:
     """
     id = find(store, id, _without_result(store))
     out = sys.stdout.buffer
-    for chunk in _follow(store, id) if follow else store.log(id).tail(follow=False):
-        out.write(chunk)
-        out.flush()
+    with store.log(id).tail(follow=follow) as reader:
+        for chunk in reader:
+            out.write(chunk)
+            out.flush()
 
 
 def _without_result(store: Store) -> Iterator[str]:
     yield from (id for id, _ in store.running())
     yield from (name.partition("~")[0] for name in os.listdir(store.root / "failed"))
-
-
-def _follow(store: Store, id: str) -> Generator[bytes, None, None]:
-    """The log of one attempt until it ends, wherever it lies by then; another process may be the one that writes."""
-    offset, attempts = 0, {attempt for other, attempt in store.running() if other == id}
-    while True:
-        ended = attempts.isdisjoint(attempt for _, attempt in store.running())  # asked first: no byte comes after it
-        with suppress(*() if ended else (NotFound,)), store.log(id).tail(offset, follow=False) as reader:
-            for chunk in reader:
-                offset = reader.offset
-                yield chunk
-        if ended:
-            return
-        time.sleep(_PACE)
 
 
 @click.command(epilog=example("storebackends ls --json | jq -r 'select(.base == \"tools-7\").id'"))
@@ -92,7 +85,7 @@ def ls(store: Store, long: bool, as_json: bool) -> None:
         return
     for record in _records(store):
         if as_json:
-            print_json(asdict(record))
+            print_json(facts(record))
         else:
             when = human_time(record.finished or record.started)
             sys.stdout.write(f"{record.id:40} {record.base or '-':40} {when}\n")
@@ -137,7 +130,7 @@ def show(store: Store, id: str, as_json: bool) -> None:
     id = find(store, id)
     record, size, children = store.record(id), store.size(id), store.children(id)
     if as_json:
-        print_json({**asdict(record), "size": asdict(size), "children": children})
+        print_json({**facts(record), "size": facts(size), "children": children})
         return
     finished = record.finished or record.started
     print_facts(
@@ -170,18 +163,18 @@ def df(store: Store, as_json: bool) -> None:
     """Show how much space there is below the store."""
     usage = store.usage()
     if as_json:
-        print_json({"path": str(store.root), "backend": store.backend, **asdict(usage)})
+        print_json({"path": str(store.root), "backend": store.backend, **facts(usage)})
         return
-    facts = {
+    shown = {
         "store": str(store.root),
         "backend": store.backend,
         "free": f"{human_size(usage.free)} of {human_size(usage.total)}",
     }
     if usage.inodes_total is not None:
-        facts["inodes"] = f"{usage.inodes_free} free of {usage.inodes_total}"
+        shown["inodes"] = f"{usage.inodes_free} free of {usage.inodes_total}"
     if usage.metadata_total is not None:
-        facts["metadata"] = f"{human_size(usage.metadata_free or 0)} free of {human_size(usage.metadata_total)}"
-    print_facts(facts)
+        shown["metadata"] = f"{human_size(usage.metadata_free or 0)} free of {human_size(usage.metadata_total)}"
+    print_facts(shown)
 
 
 def _vanished(id: str) -> NoReturn:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from ..backend import Backend, Capability
-from ..ids import new_attempt
-from ..store import Store
+from storebackends.backend import Backend, Capability
+from storebackends.store import Store
+
 from . import trees
 from .harness import Harness, contents, fill, filled, needs, publish, require
-from .trees import FEATURES, ROOT_ONLY, Make, snapshot
+from .trees import FEATURES, ROOT_ONLY, Make, is_root, snapshot
 
 CHAIN = 128
 
@@ -84,7 +84,7 @@ class Fidelity(Harness):
         print(f"STOREBACKENDS_SEED={seed} repeats this")  # noqa: T201 (shown where the case fails)
         # Times are those of two different moments, and so are not compared.
         compared = backend.capabilities - {Capability.NS_MTIME}
-        edits = _Edits(random.Random(seed), compared)
+        edits = _Edits(random.Random(seed), compared)  # noqa: S311 (no secret)
         flat = area / "flat"
         flat.mkdir(0o755)
 
@@ -211,8 +211,3 @@ def _empty(tree: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-
-
-def is_root() -> bool:
-    """May this process do what it likes?"""
-    return sys.platform != "win32" and os.geteuid() == 0

@@ -7,19 +7,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from .. import open_store
-from ..backend import Backend, Capability, Entry
-from ..config import validate_options
-from ..durability import boot_id
-from ..ids import new_attempt
-from ..marker import prepare
-from ..registry import Registry
-from ..store import Store
-from ..workspace import Workspace
+from storebackends import open_store
+from storebackends.backend import Backend, Capability, Entry
+from storebackends.config import validate_options
+from storebackends.durability import boot_id
+from storebackends.ids import new_attempt
+from storebackends.marker import prepare
+from storebackends.registry import Registry
+from storebackends.store import Store
+from storebackends.workspace import Workspace
 
 PATIENCE = 60.0
 """Seconds until a thread that should have come is given up."""
@@ -54,7 +54,7 @@ class Harness:
 
     name: str
     """The backend's entry point."""
-    options: Mapping[str, object] = {}
+    options: ClassVar[Mapping[str, Any]] = {}
     """Its options, as in the configuration."""
 
     @pytest.fixture
@@ -116,10 +116,11 @@ class Harness:
 
 
 def write(tree: Path, files: Files) -> None:
-    """Write *files* into *tree*, making the folders that they are in."""
+    """Write *files* into *tree*, making the folders that they are in; as new files, none is written in place."""
     for name, data in files.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
         path.write_bytes(data)
 
 

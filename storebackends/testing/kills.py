@@ -20,10 +20,33 @@ T = TypeVar("T")
 
 # Functions of C that change a disk or start a program. Calls that only read or wait are no steps of their own; nor is
 # a write, since half a file is as unfinished as none.
-_CHANGES = frozenset(
-    "mkdir rename replace link symlink unlink remove rmdir mknod mkfifo chmod fchmod chown fchown lchown utime setxattr "
-    "truncate ftruncate ioctl copy_file_range sendfile fork fork_exec posix_spawn".split()
-)
+_CHANGES = {
+    "mkdir",
+    "rename",
+    "replace",
+    "link",
+    "symlink",
+    "unlink",
+    "remove",
+    "rmdir",
+    "mknod",
+    "mkfifo",
+    "chmod",
+    "fchmod",
+    "chown",
+    "fchown",
+    "lchown",
+    "utime",
+    "setxattr",
+    "truncate",
+    "ftruncate",
+    "ioctl",
+    "copy_file_range",
+    "sendfile",
+    "fork",
+    "fork_exec",
+    "posix_spawn",
+}
 _MOST_STEPS = 1000
 
 
@@ -57,7 +80,8 @@ def killed_inside(action: Callable[[], object]) -> None:
 
 def die() -> None:
     """Kill this process."""
-    os.kill(os.getpid(), signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM)
+    if sys.platform != "win32":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _die_before(step: int) -> None:
@@ -78,20 +102,24 @@ def _die_before(step: int) -> None:
 def _forked(action: Callable[[], object]) -> bool:
     """Run *action* in a forked process and return if that was killed. AssertionError if it raised."""
     require(hasattr(os, "fork"), "fork()")
-    if sys.platform == "win32":
-        return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads of the tests hold nothing that is used here
-        pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            action()
-            status = 0
-        except BaseException:  # noqa: BLE001 (nothing may reach the tests' own frames below this one)
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    status = os.waitpid(pid, 0)[1]
-    assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "it failed: its traceback is in the captured output"
-    return os.WIFSIGNALED(status)
+    status = 0
+    if sys.platform != "win32":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other threads hold nothing that is used there
+            pid = os.fork()
+        if pid == 0:
+            _run_and_exit(action)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status <= 0, "it failed; the captured output has its traceback"
+    return status < 0
+
+
+def _run_and_exit(action: Callable[[], object]) -> None:
+    status = 1
+    try:
+        action()
+        status = 0
+    except BaseException:  # noqa: BLE001 (nothing may reach the tests' own frames below this one)
+        traceback.print_exc()
+    finally:
+        os._exit(status)

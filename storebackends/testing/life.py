@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ..backend import Backend, Capability
-from ..errors import BaseNotFound, BuildFailed, Busy, Cancelled, NotFound, StoreError
-from ..ids import new_attempt
-from ..store import Store
-from ..workspace import Workspace
-from .harness import PATIENCE, Harness, contents, fill, filled, needs, publish, require, result, write
+from storebackends.backend import Backend, Capability
+from storebackends.errors import BaseNotFound, BuildFailed, Busy, Cancelled, NotFound, StoreError
+from storebackends.ids import new_attempt
+from storebackends.store import Store
+from storebackends.workspace import Workspace
 
+from .harness import PATIENCE, Harness, contents, fill, filled, needs, publish, require, result, write
 from .kills import die, killed_at_each_step, killed_inside
 from .machine import run_machine
 from .trees import snapshot
@@ -68,7 +68,7 @@ IN_PLACE: dict[str, Edit] = {
 REPLACING: dict[str, Edit] = {
     "rename": lambda tree: os.replace(tree / "file", tree / "folder/inner"),
     "remove": lambda tree: (tree / "file").unlink(),
-    "remove and make again": lambda tree: ((tree / "file").unlink(), write(tree, {"file": b"new"})),
+    "remove and make again": lambda tree: write(tree, {"file": b"new"}),
     "remove a folder and make it again": _replace_folder,
     "rename a folder": lambda tree: os.rename(tree / "folder", tree / "moved"),
     "chmod a folder": lambda tree: (tree / "folder").chmod(0o700),
@@ -230,7 +230,7 @@ class Life(Harness):
 
         def builder() -> None:
             store = self.open_store(root)
-            store.build("id", lambda work: (fill(store, OLD)(work), die()), base="base")
+            store.build("id", _dying(store), base="base")
 
         killed_inside(builder)
 
@@ -247,7 +247,7 @@ class Life(Harness):
 
         def builder() -> None:
             other = self.open_store(root)
-            other.build("id", lambda work: (fill(other, OLD)(work), die()))
+            other.build("id", _dying(other))
 
         killed_inside(builder)
 
@@ -406,6 +406,16 @@ def _failing(store: Store, error: BaseException) -> Callable[[Workspace], None]:
     def function(work: Workspace) -> None:
         first(work)
         raise error
+
+    return function
+
+
+def _dying(store: Store) -> Callable[[Workspace], None]:
+    first = fill(store, OLD)
+
+    def function(work: Workspace) -> None:
+        first(work)
+        die()
 
     return function
 

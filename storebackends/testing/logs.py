@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from ..backend import Backend
-from ..errors import BuildFailed
-from ..log import BuildLog, LogReader
-from ..store import Store
-from ..workspace import Workspace
+from storebackends.backend import Backend
+from storebackends.errors import BuildFailed
+from storebackends.log import BuildLog, LogReader
+from storebackends.store import Store
+from storebackends.workspace import Workspace
+
 from .harness import PATIENCE, Harness, filled, require
 from .kills import die, killed_inside
 
@@ -175,8 +176,12 @@ class Logs(Harness):
     def test_the_log_of_a_killed_build_stays_readable(self, root: Path) -> None:
         """Case 34."""
 
+        def function(work: Workspace) -> None:
+            work.log.write(LINE)
+            die()
+
         def builder() -> None:
-            self.open_store(root).build("id", lambda work: (work.log.write(LINE), die()))
+            self.open_store(root).build("id", function)
 
         killed_inside(builder)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ..errors import StoreError
-from ..store import Store
-from .fidelity import is_root
+from storebackends.errors import StoreError
+from storebackends.store import Store
+
 from .harness import Harness, contents, fill, require, write
-from .trees import snapshot
+from .trees import is_root, snapshot
 
 
 class Roots(Harness):

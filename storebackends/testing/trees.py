@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
-from ..backend import Capability
+from storebackends.backend import Capability
 
 Make = Callable[[Path], None]
 
@@ -105,7 +105,7 @@ def xattrs(tree: Path) -> None:
     for path in (tree / "folder", tree / "file"):
         for name, value in [("user.text", b"text"), ("user.empty", b""), ("user.binary", bytes(range(256)) * 8)]:
             _set_xattr(path, name, value)
-    if _is_root():
+    if is_root():
         (tree / "privileged").write_bytes(b"")
         cap_net_raw = 1 << 13
         # struct vfs_cap_data, version 2, effective: permitted and inheritable, low and high words
@@ -137,14 +137,13 @@ def devices(tree: Path) -> None:
 
 def owners(tree: Path) -> None:
     """Owners that this host has no names for, of all kinds of files; takes root."""
-    if sys.platform == "win32":
-        return
     (tree / "folder").mkdir()
     (tree / "folder" / "file").write_bytes(b"")
     (tree / "setuid").write_bytes(b"")
     (tree / "link").symlink_to("folder")
     for number, path in enumerate(sorted(tree.rglob("*"))):
-        os.lchown(path, 100_000 + number, 200_000 + number)
+        if sys.platform != "win32":
+            os.lchown(path, 100_000 + number, 200_000 + number)
     (tree / "setuid").chmod(0o6755)  # after the owner, which clears it
 
 
@@ -186,7 +185,7 @@ ROOT_ONLY = frozenset({devices, owners})
 def make_rich(tree: Path, capabilities: Collection[Capability] = EVERYTHING) -> None:
     """Fill *tree* with all that *capabilities* promise to keep and this user can make, but `huge`."""
     for name, (make, capability) in FEATURES.items():
-        if (capability is None or capability in capabilities) and (_is_root() or make not in ROOT_ONLY):
+        if (capability is None or capability in capabilities) and (is_root() or make not in ROOT_ONLY):
             (tree / name).mkdir()
             make(tree / name)
     stamp(tree)
@@ -221,11 +220,11 @@ def _facts(path: Path, status: os.stat_result, capabilities: Collection[Capabili
     if stat.S_ISREG(mode):
         yield "size", status.st_size
         yield "contents", _digest(path, status.st_size)
-        if Capability.SPARSE in capabilities and status.st_size >= 1 << 20:
+        if sys.platform != "win32" and Capability.SPARSE in capabilities and status.st_size >= 1 << 20:
             yield "sparse", status.st_blocks * 512 < status.st_size
     elif stat.S_ISLNK(mode):
         yield "aim", os.readlink(path)
-    elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+    elif sys.platform != "win32" and (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)):
         yield "device", status.st_rdev
     if attributes := _xattrs(path, capabilities):
         yield "attributes", attributes
@@ -257,21 +256,22 @@ def _digest(path: Path, size: int) -> str:
 
 def _next_data(descriptor: int, offset: int, size: int) -> int:
     """The offset of the first block from *offset* on that is not all in a hole; *size* where there is none."""
-    if sys.platform == "win32" or offset >= size:
-        return min(offset, size)
-    try:
-        return os.lseek(descriptor, offset, os.SEEK_DATA) // _BLOCK * _BLOCK
-    except OSError as error:
-        return size if error.errno == errno.ENXIO else offset
+    if sys.platform != "win32":
+        try:
+            return os.lseek(descriptor, offset, os.SEEK_DATA) // _BLOCK * _BLOCK
+        except OSError as error:
+            return size if error.errno == errno.ENXIO else offset
+    else:
+        return offset
 
 
 def _xattrs(path: Path, capabilities: Collection[Capability]) -> dict[str, bytes]:
     kinds = {Capability.XATTRS: ("user.", "trusted.", "security.capability"), Capability.ACLS: ("system.posix_acl_",)}
     wanted = tuple(prefix for kind, prefixes in kinds.items() if kind in capabilities for prefix in prefixes)
-    if sys.platform != "linux" or not wanted:
-        return {}
-    found = (name for name in os.listxattr(path, follow_symlinks=False) if name.startswith(wanted))
-    return {name: os.getxattr(path, name, follow_symlinks=False) for name in sorted(found)}
+    if sys.platform == "linux" and wanted:
+        found = (name for name in os.listxattr(path, follow_symlinks=False) if name.startswith(wanted))
+        return {name: os.getxattr(path, name, follow_symlinks=False) for name in sorted(found)}
+    return {}
 
 
 def _set_xattr(path: Path, name: str, value: bytes) -> None:
@@ -286,5 +286,6 @@ def _acl(user: int) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
-def _is_root() -> bool:
+def is_root() -> bool:
+    """May this process do what it likes?"""
     return sys.platform != "win32" and os.geteuid() == 0

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +45,13 @@ class Host:
         assert done.exit_code == code, f"{argv} ended with {done.exit_code}: {done.output}"
         return Said(done.stdout, done.stderr)
 
-    def start(self, *argv: str | Path, stdout: int = subprocess.PIPE, **options: Any) -> subprocess.Popen[bytes]:
-        """Start a command as its users do, in a process and a session of its own."""
+    @contextmanager
+    def start(
+        self, *argv: str | Path, stdout: int = subprocess.PIPE, **options: Any
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a command as its users do, in a process and a session of its own; a test that fails leaves none."""
         environment = os.environ | {"STOREBACKENDS_CONFIG": str(self.config), "TERM": "xterm", "COLUMNS": "100"}
-        return subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "storebackends", *argv],
             stdout=stdout,
             stderr=options.pop("stderr", subprocess.PIPE),
@@ -54,7 +59,11 @@ class Host:
             env=environment,
             start_new_session=True,
             **options,
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()  # does nothing to one that was waited for
 
     def recipe(self, text: str) -> Path:
         """Write a recipe whose steps run on the host, so that no test here needs bubblewrap."""

@@ -114,8 +114,7 @@ def test_what_could_steer_a_terminal_is_spelled_out(host: Host) -> None:
 @posix
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_build_and_keeps_its_log(host: Host, name: str) -> None:
-    process = host.start("run", "--id", "long", "--", "sh", "-c", "echo begun; sleep 1000")
-    with process:
+    with host.start("run", "--id", "long", "--", "sh", "-c", "echo begun; sleep 1000") as process:
         until(lambda: any(b"\nbegun\n" in log.read_bytes() for log in host.root.glob("in-progress/long~*/log")))
         process.send_signal(getattr(signal, name))
         _, err = process.communicate(timeout=WAIT)
@@ -131,11 +130,10 @@ def test_a_signal_ends_the_build_and_keeps_its_log(host: Host, name: str) -> Non
 def test_a_reader_that_leaves_is_no_error(host: Host) -> None:
     host("run", "--id", "app", "--", "true")
     read, write = os.pipe()
-    process = host.start("ls", stdout=write)
-    os.close(write)
     os.close(read)
 
-    with process:
+    with host.start("ls", stdout=write) as process:
+        os.close(write)
         _, err = process.communicate(timeout=WAIT)
 
     assert process.returncode == 141
@@ -150,6 +148,18 @@ def test_the_last_barrier_is_left_to_a_process_that_outlives_the_command(host: H
 
     assert process.returncode == 0
     until((host.root / "result" / "app" / "synced").exists)
+
+
+def test_the_last_barrier_is_not_left_out_where_no_process_can_be_had(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.configure(durability="group")
+    python = sys.executable
+    monkeypatch.setattr(sys, "executable", str(host.folder / "no-python"))
+
+    host("run", "--id", "app", "--", python, "-c", "")
+
+    assert (host.root / "result" / "app" / "synced").exists()
 
 
 def test_sync_marks_what_reached_the_disk(host: Host, tmp_path: Path) -> None:

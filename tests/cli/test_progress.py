@@ -120,6 +120,16 @@ def test_off_a_terminal_there_are_plain_lines_as_they_come(host: Host, to_json: 
     assert b"<- slow: built in " in (err if to_json else out)
 
 
+def test_what_the_encoding_of_stdout_lacks_is_spelled_out(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
+
+    with host.start("run", "--", "printf", r"\303\274 \346\274\242") as process:
+        out, err = process.communicate(timeout=WAIT)
+
+    assert (process.returncode, err) == (0, b"")
+    assert b"   \xfc \\u6f22\n" in out
+
+
 def test_a_reader_that_leaves_does_not_stop_the_step_that_runs(host: Host) -> None:
     recipe, go = waiting_recipe(host)
 

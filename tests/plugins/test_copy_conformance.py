@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,12 +20,12 @@ class TestAuto(BackendConformance):
 
 class TestNever(BackendConformance):
     name = "copy"
-    options = {"reflink": "never"}
+    options: ClassVar = {"reflink": "never"}
 
 
 class TestAlways(BackendConformance):
     name = "copy"
-    options = {"reflink": "always"}
+    options: ClassVar = {"reflink": "always"}
 
     @pytest.fixture
     def area(self, loop_fs: LoopFs) -> Iterator[Path]:
