@@ -3,12 +3,16 @@
     with storebackends.open_store() as store:
         with store.build("app-1", fn, base="tools-7") as result: ...
 
-Importing this imports no plugin, no configuration and no command line.
+Importing this imports the errors and nothing else; each other name brings its module when it is first used. So a
+command line that only prints its help does not pay for locks and SQLite, and nobody pays for a plugin they do not open.
 """
 
-import logging
+from __future__ import annotations
 
-from .builds import Build
+import logging
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import (
     BaseNotFound,
     BuilderDied,
@@ -25,11 +29,14 @@ from .errors import (
     RecipeError,
     StoreError,
 )
-from .log import BuildLog, LogReader
-from .opening import open_store
-from .results import Result
-from .store import Store
-from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from .builds import Build
+    from .log import BuildLog, LogReader
+    from .opening import open_store
+    from .results import Result
+    from .store import Store
+    from .workspace import Workspace
 
 __all__ = [
     "BaseNotFound",
@@ -55,4 +62,26 @@ __all__ = [
     "open_store",
 ]
 
+_HOMES = {
+    "Build": "builds",
+    "BuildLog": "log",
+    "LogReader": "log",
+    "Result": "results",
+    "Store": "store",
+    "Workspace": "workspace",
+    "open_store": "opening",
+}
+
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOMES[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return globals().setdefault(name, getattr(import_module(f".{home}", __name__), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -26,8 +26,10 @@ from typing import Any, Self, TypeVar, cast
 from . import builds, opening, process, store
 from .backend import Size, Usage
 from .builds import Build
+from .caches import Mode
 from .errors import Cancelled
 from .log import BuildLog, LogReader
+from .prune import Plan
 from .records import Record
 from .results import Result
 from .workspace import Workspace
@@ -92,6 +94,10 @@ class AsyncStore:
     async def size(self, id: str) -> Size:
         """See Store.size()."""
         return await _in_thread(partial(self.sync.size, id))
+
+    async def prune(self, **rules: Any) -> Plan:
+        """See Store.prune()."""
+        return await _in_thread(partial(self.sync.prune, **rules))
 
     async def usage(self) -> Usage:
         """See Store.usage()."""
@@ -179,6 +185,7 @@ class AsyncWorkspace:
         self.sync = sync
         """The Workspace itself."""
         self._pool = pool
+        self._borrowing = asyncio.Lock()
         self._running: set[process.Cancel] = set()
         self.id, self.attempt, self.log = sync.id, sync.attempt, sync.log
 
@@ -200,6 +207,11 @@ class AsyncWorkspace:
     async def copy_in(self, source: str | os.PathLike[str], dest: str) -> None:
         """See Workspace.copy_in()."""
         await _in_thread(partial(self.sync.copy_in, source, dest), pool=self._pool)
+
+    async def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Path:
+        """See Workspace.cache()."""
+        async with self._borrowing:  # the workspace borrows for one thread at a time
+            return await _in_thread(partial(self.sync.cache, name, mode, owner), pool=self._pool)
 
     async def run(
         self,

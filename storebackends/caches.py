@@ -273,7 +273,7 @@ def _is_free(lock: Lock | None) -> bool:
 def _give_to(path: Path, owner: tuple[int, int]) -> None:
     chown = getattr(os, "chown", None)
     if chown is None:
-        raise NotSupported("giving a cache to an owner", "users have no numbers on this platform", "leave the owner out")
+        raise NotSupported("giving a cache to an owner", "users have no numbers on this platform", "leave it out")
     chown(path, *owner)
 
 

@@ -37,7 +37,7 @@ VARIABLE = "STOREBACKENDS_CONFIG"
 SITE = platformdirs.site_config_path(APP, appauthor=False) if sys.platform == "win32" else Path("/etc", APP)
 
 Durability = Literal["group", "full", "none"]
-VERIFY = "digest"
+Verify = Literal["none", "digest"]
 _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Where = tuple[str | int, ...]
@@ -53,7 +53,7 @@ class StoreConfig:
     backend: str
     path: Path
     durability: Durability
-    verify: bool
+    verify: Verify
     prune: Policy | None
     options: BaseModel
     spec: BackendSpec
@@ -62,8 +62,7 @@ class StoreConfig:
         """The table, defaults filled in."""
         common = {"backend": self.backend, "path": str(self.path), "durability": self.durability}
         rules = {} if self.prune is None else {"prune": asdict(self.prune)}
-        verify = VERIFY if self.verify else "none"
-        return {**common, "verify": verify, **rules, **self.options.model_dump(mode="json", by_alias=True)}
+        return {**common, "verify": self.verify, **rules, **self.options.model_dump(mode="json", by_alias=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +162,7 @@ class _Store(_Table):
     path: Annotated[Path, AfterValidator(_absolute)]
     backend: str = "copy"
     durability: Durability = "group"
-    verify: Literal["none", "digest"] = "none"
+    verify: Verify = "none"
     prune: dict[str, Any] | None = None
 
 
@@ -249,12 +248,12 @@ class _Check:
             return None
         rest = {key: table[key] for key in table if key not in own}
         options = _validate(spec.options, rest, self.problems, where)
-        rules = _validate(_Prune, common.prune, self.problems, (*where, "prune")) if common and common.prune else None
+        prune = own.get("prune")  # judged even when another key is wrong; one that is no table was reported just now
+        rules = _validate(_Prune, prune, self.problems, (*where, "prune")) if isinstance(prune, dict) else None
         if common is None or options is None:
             return None
         policy = Policy(**rules.model_dump()) if rules else None
-        verify = common.verify == VERIFY
-        return StoreConfig(name, common.backend, common.path, common.durability, verify, policy, options, spec)
+        return StoreConfig(name, common.backend, common.path, common.durability, common.verify, policy, options, spec)
 
     def _plugin(self, look_up: Callable[[str], _T], name: str, *where: str | int) -> _T | None:
         try:
@@ -306,7 +305,7 @@ def _validate(model: type[_Model], data: Mapping[str, Any], problems: list[str],
         return model.model_validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
         names = [field.alias or name for name, field in model.model_fields.items()]
-        known = {*names, *(_Store.model_fields if where[:1] == ("stores",) else ())}
+        known = {*names, *(_Store.model_fields if where[:1] == ("stores",) and len(where) == 2 else ())}
         details = error.errors(include_url=False)
         problems += [_at((*where, *detail["loc"]), _reason(detail, known)) for detail in details]
     except ValueError as error:

@@ -42,6 +42,10 @@ class Failures:
                 move.to(grave.log)
         self._trim()
 
+    def ids(self) -> set[str]:
+        """The ids that some failure is kept of."""
+        return {name.partition("~")[0] for name in os.listdir(self.folder) if "~" in name}
+
     def newest(self, id: str) -> Entry | None:
         """The latest attempt at *id* that failed and is still kept."""
         names = [name for name in os.listdir(self.folder) if name.startswith(f"{id}~")]

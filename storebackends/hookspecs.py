@@ -35,7 +35,7 @@ def storebackends_options() -> type[BaseModel]:  # type: ignore[empty-body]
 
 
 @hookspec
-def storebackends_configure(options: BaseModel) -> None:
+def storebackends_use_options(options: BaseModel) -> None:
     """That table, checked. Called before each opening of a store that the plugin will hear of; the last call holds."""
 
 

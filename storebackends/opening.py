@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .config import Config
     from .registry import Registry
 
+VERIFIES = ("none", "digest")
 Listeners = Sequence[Callable[[Store, Event], object]]
 
 
@@ -33,6 +34,8 @@ def open_store(
     backend: str | None = None,
     path: str | os.PathLike[str] | None = None,
     durability: str | None = None,
+    verify: str | None = None,
+    recover: bool = True,
     detach_barrier: Callable[[], None] | None = None,
     **options: Any,
 ) -> Store:
@@ -40,7 +43,8 @@ def open_store(
 
     With a *name*, the one of the host's configuration; with *backend* and *path*, the one spelled out, *options* being
     the backend's own; with neither, the configuration's default. *durability* is "group", "full" or "none", chosen when
-    the store is made. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
+    the store is made. *verify* "digest" keeps the digest of each tree that is published, for fsck(). With *recover* False
+    what a crash left stays until fsck() repairs it. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
 
     Raises ConfigError, PluginError, NotSupported with the fix, or StoreError where the folder cannot be used.
     """
@@ -49,13 +53,14 @@ def open_store(
 
     registry = Registry()
     listeners: Listeners = ()
+    prune = None
     if backend is None and path is None and not options:
         from .config import load as load_config
 
         config = load_config()
         found = config.store(name)
         spec, root, model = found.spec, found.path, found.options
-        durability = durability or found.durability
+        durability, verify, prune = durability or found.durability, verify or found.verify, found.prune
         listeners = _listeners(registry, config)
     elif backend is None or path is None or name is not None:
         raise ConfigError("open_store()", ["give a store's name, or backend= and path= (and options), or nothing"])
@@ -64,9 +69,12 @@ def open_store(
 
         spec = registry.spec(backend)
         root, model = Path(path).expanduser().absolute(), validate_options(spec, options, "open_store()")
-    if durability not in (None, *DURABILITIES):
-        raise ConfigError("open_store()", [f"durability: {durability!r} is none of {', '.join(DURABILITIES)}"])
-    return _open(root, spec, registry.driver(spec), model, durability, detach_barrier, listeners)
+    for key, value, known in (("durability", durability, DURABILITIES), ("verify", verify, VERIFIES)):
+        if value not in (None, *known):
+            raise ConfigError("open_store()", [f"{key}: {value!r} is none of {', '.join(known)}"])
+    store = _open(root, spec, registry.driver(spec), model, durability, detach_barrier, listeners, recover)
+    store.prune_policy, store.verify = prune, verify == "digest"
+    return store
 
 
 def sync(root: Path) -> None:
@@ -87,7 +95,7 @@ def sync(root: Path) -> None:
 def _listeners(registry: Registry, config: Config) -> Listeners:
     """The plugins that the configuration lists and that listen; each by itself, so that none can fail the others."""
     for name, options in config.plugin_options.items():
-        registry.hooks([name]).storebackends_configure(options=options)
+        registry.hooks([name]).storebackends_use_options(options=options)
 
     def call(hook: HookImpl, store: Store, event: Event) -> None:
         given = {"store": store, "event": event}
@@ -104,6 +112,7 @@ def _open(
     durability: str | None,
     detach_barrier: Callable[[], None] | None,
     listeners: Listeners,
+    recovers: bool,
 ) -> Store:
     marker = prepare(root, spec.name, durability, boot_id())
     with ExitStack() as undo, explained(f"opening the store {root}", root):
@@ -121,7 +130,8 @@ def _open(
         backend.open()
         undo.callback(backend.close)
         marker, presence = _catch_up(root, marker, backend, locks, events)
-        recover(backend, locks, failures, scratch)
+        if recovers:
+            recover(backend, locks, failures, scratch)
         store = Store(
             root,
             marker,

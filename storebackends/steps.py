@@ -288,12 +288,11 @@ def _tmp(work: Workspace) -> Path:
 
 def _misplaced(step: Step, kind: sandbox.Kind) -> Iterator[str]:
     for number, path in enumerate(cache.path for cache in step.caches):
-        if not path.startswith("/"):
-            continue
-        if kind == "host":
-            yield f"steps.{step.name}.cache.{number}.path: {path} would be the host's own, as there is no sandbox; {_WAY}"
-        elif os.path.lexists(f"/{path.split('/')[1]}") and not os.path.isdir(path):
-            yield f"steps.{step.name}.cache.{number}.path: this host has no {path}, and in it nothing can be made; {_WAY}"
+        where = f"steps.{step.name}.cache.{number}.path"
+        if path.startswith("/") and kind == "host":
+            yield f"{where}: {path} would be the host's own, as there is no sandbox; {_WAY}"
+        elif path.startswith("/") and os.path.lexists(f"/{path.split('/')[1]}") and not os.path.isdir(path):
+            yield f"{where}: there is no folder {path} on this host, and the sandbox cannot make one in it; {_WAY}"
 
 
 @contextmanager

@@ -133,6 +133,18 @@ class Store:
                 raise
         return build
 
+    @contextmanager
+    def use(self, id: str, fn: Function | None = None, base: str | None = None) -> Iterator[Result]:
+        """Hold the result of *id* for the length of the block, building it by *fn* where there is none.
+
+        Raises NotFound where there is none and no *fn*, else what build() does.
+        """
+        result = self.result(id) if fn is None else self.build(id, fn, base)
+        if result is None:
+            raise NotFound(id)
+        with result:
+            yield result
+
     def result(self, id: str) -> Result | None:
         """Return what is kept under *id*, leased, or None. A stat and a lock; starts no process."""
         self._check_open()
@@ -188,6 +200,11 @@ class Store:
         """(id, attempt) of each build under way, in any process."""
         self._check_open()
         return sorted(self._backend.unfinished())
+
+    def failures(self) -> set[str]:
+        """The ids whose newest failures are kept, with their logs."""
+        self._check_open()
+        return self._failures.ids()
 
     def size(self, id: str) -> Size:
         """What deleting *id* would free. Raises NotFound."""

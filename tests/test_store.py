@@ -393,6 +393,19 @@ class TestResult:
         store.close()
 
 
+class TestUse:
+    def test_builds_what_is_missing_and_holds_it(self, store: Store) -> None:
+        with store.use("a", writes(f="1")) as built, store.use("a") as hit:
+            assert (built.outcome, hit.outcome) == ("built", "hit")
+            with pytest.raises(Busy):
+                store.delete("a")
+        store.delete("a")
+
+    def test_of_nothing_without_a_function_is_not_found(self, store: Store) -> None:
+        with pytest.raises(NotFound), store.use("a"):
+            pass
+
+
 class TestClose:
     def test_ends_the_builds_under_way(self, tmp_path: Path) -> None:
         begun = threading.Event()

@@ -67,7 +67,7 @@ def log(store: Store, id: str, follow: bool) -> None:
 
 def _without_result(store: Store) -> Iterator[str]:
     yield from (id for id, _ in store.running())
-    yield from (name.partition("~")[0] for name in os.listdir(store.root / "failed"))
+    yield from store.failures()
 
 
 @click.command(epilog=example("storebackends ls --json | jq -r 'select(.base == \"tools-7\").id'"))
