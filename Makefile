@@ -23,13 +23,13 @@ test: $(READY) packages ## every test this machine can run; ends with what was s
 wheel-test: $(READY) packages ## the tests against the built wheel, away from the source; for root, as nobody
 	.ci/wheel-test
 
-check: $(READY) ## style, types for Linux, macOS and Windows, and the tests that need no root
+check: $(READY) ## style, types for Linux, macOS and Windows, and the quick tests that need no root
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	for platform in linux darwin win32; do \
 	    $(BIN)/mypy --platform $$platform --cache-dir .mypy_cache/$$platform || exit 1; \
 	done
-	$(BIN)/pytest -m "not root and not soak"
+	$(BIN)/pytest -m "not root and not slow and not soak"
 
 docs: $(READY) ## the examples of the documentation
 	$(BIN)/pytest -m docs

@@ -39,8 +39,17 @@ Mode = Literal["shared", "private", "locked"]
 other, so that each gets what the one before gave back."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-_locked: ContextVar[tuple[tuple[Path, str], ...]] = ContextVar("storebackends_locked_caches", default=())
-"""The caches that this thread has borrowed in mode "locked", each with its store's root."""
+_locked: ContextVar[list[tuple[Path, str]] | None] = ContextVar("storebackends_locked_caches", default=None)
+
+
+def locked_here() -> list[tuple[Path, str]]:
+    """The caches that are borrowed in mode "locked" by this thread, or by the build that it is in; with their stores.
+
+    One list: asked for before a function begins, it is there in all that the function does, in other contexts too.
+    """
+    if (mine := _locked.get()) is None:
+        _locked.set(mine := [])
+    return mine
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +175,7 @@ class Caches:
     # Inside.
 
     def _lock(self, name: str, held: ExitStack, cancelled: Callable[[], bool]) -> None:
-        key, mine = (self._backend.root, name), _locked.get()
+        key, mine = (self._backend.root, name), locked_here()
         lock = self._locks.try_work(_lent(name))
         if lock is None and any(key <= other for other in mine):
             # Who holds it may be waiting for one of ours. All waits go up in the order of names, so none is a circle.
@@ -176,8 +185,8 @@ class Caches:
         if lock is None and (lock := self._locks.work(_lent(name), cancelled=cancelled)) is None:
             raise StoreError(f"the cache {name!r} was waited for until the build was cancelled or the store closed")
         held.enter_context(lock)
-        _locked.set((*mine, key))
-        held.callback(lambda: _locked.set(tuple(other for other in _locked.get() if other != key)))
+        mine.append(key)
+        held.callback(mine.remove, key)
 
     def _newest(self, name: str, held: ExitStack) -> CacheEntry | None:
         """The current generation, leased."""

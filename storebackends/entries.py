@@ -20,7 +20,7 @@ import secrets
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class EntryBackend(Backend):
         super().__init__(root, options, uuid)
         self.in_progress, self.results, self.trash = root / "in-progress", root / "result", root / "trash"
         self.loans, self.caches = root / "loans", root / "caches"
+        self._results = f"{self.results}{os.sep}"
         self._builds: dict[str, Entry] = {}
 
     # The four verbs of a plugin.
@@ -98,8 +99,8 @@ class EntryBackend(Backend):
 
     def result(self, id: str) -> Entry | None:
         """See Backend.result."""
-        folder = f"{self.results}{os.sep}{id}"  # a Path's "/" costs more than the stat
-        return Entry(id, Path(folder)) if os.path.isdir(folder) else None
+        folder = f"{self._results}{id}"  # a Path costs more than the stat
+        return _entry(id, folder) if os.path.isdir(folder) else None
 
     def discard(self, id: str, attempt: str) -> None:
         """See Backend.discard."""
@@ -228,6 +229,11 @@ class EntryBackend(Backend):
         except FileNotFoundError:
             return
         self.remove(grave)
+
+
+@lru_cache(1024)
+def _entry(id: str, folder: str) -> Entry:
+    return Entry(id, Path(folder))
 
 
 def _ids(folder: Path) -> Iterator[str]:

@@ -15,7 +15,6 @@ import random
 import re
 import secrets
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -95,8 +94,9 @@ class Check:
         self._durability, self._unused = durability, unused
         self._root, self._results = backend.root, backend.root / "result"
         self._bases: dict[str, str | None] = {}
+        self._indexed: dict[str, tuple[str, str | None]] = {}
         self._content: set[str] = set()  # the ids to be compared
-        self._compared = self._without_digest = 0
+        self._without_digest = 0
 
     def run(
         self, *, repair: bool = False, content: bool = False, sample: int | None = None, seed: int | None = None
@@ -121,7 +121,7 @@ class Check:
         )
         findings = [_settle(kind, problem, repair) for found in checks for kind, problem in found]
         seed = seed if sample is not None else None
-        return Report(tuple(findings), len(ids), self._compared, self._without_digest, seed)
+        return Report(tuple(findings), len(ids), len(self._content), self._without_digest, seed)
 
     # What was left behind. Each is told, and so repaired, while its lock is held.
 
@@ -163,6 +163,7 @@ class Check:
     def _rows(self) -> Iterator[tuple[str, Problem]]:
         building = {id for id, _ in self._backend.unfinished()}
         for row in self._index.rows():
+            self._indexed[row.id] = row.attempt, row.base
             if row.id in building or self._backend.result(row.id):
                 continue
             if lock := self._locks.try_work(row.id):
@@ -174,9 +175,13 @@ class Check:
     # Results.
 
     def _kept(self, ids: Sequence[str]) -> Iterator[tuple[str, Problem]]:
+        chosen, self._content = self._content, set()
         for id in ids:  # first of all, since quarantine takes the descendants too
             if record := self._record(id):
                 self._bases[id] = record.base
+                if id in chosen:
+                    self._content |= {id} if record.digest else set()
+                    self._without_digest += not record.digest
         for id in ids:
             lease = self._locks.try_lease(id)
             if lease is None:  # it is being deleted
@@ -209,30 +214,18 @@ class Check:
             with self._backend.view(entry.id) as tree:
                 if not stat.S_ISDIR(os.lstat(tree).st_mode):
                     return "tree", f"{tree} is no folder"
-                return self._other_content(tree, record) if entry.id in self._content else None
+                return _other_content(tree, record) if entry.id in self._content else None
         except NotSupported:
             return None
         except (NotFound, FileNotFoundError) as error:
             return "tree", f"its tree is not there: {error}"
 
-    def _other_content(self, tree: Path, record: Record) -> Damage | None:
-        if record.digest is None:
-            self._without_digest += 1
-            return None
-        self._compared += 1
-        try:
-            if digest(tree) == record.digest:
-                return None
-        except StoreError as error:
-            return "content", str(error)
-        return "content", "its tree is not the one that was published"
-
     def _blemishes(self, id: str) -> Iterator[tuple[str, Problem]]:
         """What is wrong around a result that is whole."""
-        entry, record, row = self._backend.result(id), self._record(id), self._index.row(id)
+        entry, record = self._backend.result(id), self._record(id)
         if entry is None or record is None:
             return
-        if row is None or (row.attempt, row.base) != (record.attempt, record.base):
+        if self._indexed.get(id) != (record.attempt, record.base):
             repair = partial(self._index.add, id, record.attempt, record.base)
             yield "index", Problem(id, "the index has it wrong: what may be deleted is decided by that", repair)
         if record.base is not None and self._backend.result(record.base) is None:
@@ -300,6 +293,15 @@ class Check:
         return (("outside", problem) for problem in self._backend.check())
 
 
+def _other_content(tree: Path, record: Record) -> Damage | None:
+    try:
+        if digest(tree) == record.digest:
+            return None
+    except StoreError as error:
+        return "content", str(error)
+    return "content", "its tree is not the one that was published"
+
+
 def _settle(kind: str, problem: Problem, repair: bool) -> Finding:
     if not repair or problem.repair is None:
         return Finding(kind, problem.what, problem.problem)
@@ -311,8 +313,9 @@ def _settle(kind: str, problem: Problem, repair: bool) -> Finding:
 
 
 def _mount_points() -> list[str]:
-    if sys.platform != "linux":
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
         return []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        # Blanks and the like are written as \040.
-        return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in file]
+    # Blanks and the like are written as \040.
+    return [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in lines]

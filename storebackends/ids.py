@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from functools import lru_cache
 
 from .errors import InvalidId
 
@@ -22,6 +23,12 @@ def check_id(id: str) -> str:
     """Return *id* if it may be one, else raise InvalidId. Touches no file."""
     if not isinstance(id, str):
         raise InvalidId(id, f"an id is a string, not {type(id).__name__}")
+    _check(id)
+    return id
+
+
+@lru_cache(1024)
+def _check(id: str) -> None:
     if not id:
         raise InvalidId(id, "an id has at least one character")
     if len(id) > MAX_LENGTH:
@@ -32,7 +39,6 @@ def check_id(id: str) -> str:
         raise InvalidId(id, "Windows drops a trailing dot, so two ids would be one; remove it")
     if id.split(".", 1)[0].lower() in _DEVICES:
         raise InvalidId(id, "it names a device on Windows; choose another name")
-    return id
 
 
 def new_attempt() -> str:

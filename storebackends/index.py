@@ -12,9 +12,9 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from .backend import Entry, Size
@@ -40,6 +40,7 @@ _ROWS = """
 SELECT results.id, results.attempt, base, created, used, bytes, exact FROM results
     LEFT JOIN sizes ON sizes.id = results.id AND sizes.attempt = results.attempt
 """
+_STATE = "SELECT attempt, used, EXISTS (SELECT 1 FROM results WHERE base = ?1) FROM results WHERE id = ?1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Index:
         self._path, self._dirty, self._results = root / "index.sqlite", root / "index.dirty", results
         self._lock = threading.RLock()
         self._uses: dict[str, float] = {}
+        self._built: dict[str, tuple[str, float]] = {}  # id -> attempt and when, of results on no base
         self._flushed = time.monotonic()
         self._reconciled = False
         self._db = self._connect()
@@ -70,10 +72,16 @@ class Index:
         now = time.time()
         self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)", [(id, attempt, base, now, now)])
 
+    def built(self, id: str, attempt: str) -> None:
+        """Remember the result that *attempt* built on nothing; written in batches, as nobody's deletion waits for it."""
+        self._built[id] = attempt, time.time()
+        self._flush_if_due()
+
     def remove(self, id: str) -> None:
         """Forget *id*."""
         with self._lock:
             self._uses.pop(id, None)
+            self._built.pop(id, None)
         self._write("DELETE FROM results WHERE id = ?", [(id,)])
 
     def forget(self, attempts: Iterable[tuple[str, str]]) -> None:
@@ -88,14 +96,22 @@ class Index:
     def touch(self, id: str) -> None:
         """Note a use of *id* now; written in batches."""
         self._uses[id] = time.time()  # one bytecode under the GIL; a use lost in a race with flush() costs nothing
-        if len(self._uses) >= BATCH or time.monotonic() - self._flushed > PAUSE:
-            self.flush()
+        self._flush_if_due()
 
     def flush(self) -> None:
-        """Write the uses noted so far."""
+        """Write what was noted so far."""
         with self._lock:
+            built, self._built = self._built, {}
             uses, self._uses = self._uses, {}
             self._flushed = time.monotonic()
+        if built:
+            # Looked at in the transaction: who deletes one of them removes its row after that, and has to wait for us.
+            there = (
+                (id, attempt, None, when, when)
+                for id, (attempt, when) in built.items()
+                if os.path.isdir(f"{self._results}{os.sep}{id}")
+            )
+            self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)", there)
         if uses:
             self._write("UPDATE results SET used = ? WHERE id = ?", [(when, id) for id, when in uses.items()])
 
@@ -109,18 +125,16 @@ class Index:
         """All that is known, oldest use first."""
         with self._lock:
             self.flush()
-            self._reconcile()
+            self._reconcile(anew=True)  # other processes have results that they did not write a row of yet
             found = self._db.execute(f"{_ROWS} ORDER BY used").fetchall()
         return map(_row, found)
 
-    def row(self, id: str) -> Row | None:
-        """What is known of *id*, with the uses that wait to be written here."""
+    def state(self, id: str) -> tuple[str, float, bool] | None:
+        """The attempt and the last use of *id*, also one not yet written, and if anything may have been built on it."""
         with self._lock:
-            found = self._db.execute(f"{_ROWS} WHERE results.id = ?", (id,)).fetchone()
-        if found is None:
-            return None
-        row = _row(found)
-        return replace(row, used=max(row.used, self._uses.get(id, 0)))
+            self._reconcile()
+            found = self._db.execute(_STATE, (id,)).fetchone()
+        return found and (found[0], max(found[1], self._uses.get(id, 0)), bool(found[2]))
 
     def close(self) -> None:
         """Write what is waiting and let go of the file. Idempotent."""
@@ -152,10 +166,15 @@ class Index:
             raise
         return db
 
-    def _write(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+    def _flush_if_due(self) -> None:
+        if len(self._uses) + len(self._built) >= BATCH or time.monotonic() - self._flushed > PAUSE:
+            self.flush()
+
+    def _write(self, statement: str, rows: Iterable[tuple[object, ...]]) -> None:
         """A failed write is logged, and leaves a note on the disk for every process to read the records again."""
         try:
             with self._lock, self._db:  # a transaction: all rows or none
+                self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany(statement, rows)
         except sqlite3.Error as error:
             log.warning("%s was not written (%s); the results are whole, the index is mended later", self._path, error)
@@ -163,10 +182,10 @@ class Index:
             with suppress(OSError):
                 self._dirty.touch()
 
-    def _reconcile(self) -> None:
+    def _reconcile(self, anew: bool = False) -> None:
         """Once, and after a failed write of any process: take in what the disk has and the index lacks."""
         dirty = self._dirty.exists()
-        if self._reconciled and not dirty:
+        if self._reconciled and not dirty and not anew:
             return
         self._reconciled = True
         with suppress(OSError):

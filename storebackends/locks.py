@@ -64,10 +64,10 @@ else:
 class _File:
     """An open descriptor, and how often each byte is locked through it: an exclusive lock's own, or leases' shared."""
 
-    __slots__ = ("counts", "fd", "name")
+    __slots__ = ("counts", "fd", "name", "stays")
 
-    def __init__(self, name: str, fd: int) -> None:
-        self.name, self.fd = name, fd
+    def __init__(self, name: str, fd: int, stays: bool) -> None:
+        self.name, self.fd, self.stays = name, fd, stays
         self.counts: dict[int, int] = {}
 
 
@@ -241,7 +241,7 @@ class Locks:
 
     def try_lease(self, id: str) -> Lease | None:
         """A share of *id*; None while somebody holds its `use` lock. Costs a few microseconds."""
-        return self._take(self._place("use", id), True, Lease)
+        return self._take(_place("use", id, self._strategy.per_id), True, Lease)
 
     def try_store(self, exclusive: bool) -> Lock | None:
         """The lock of the whole store, shared by all or held by one; None where that cannot be had now."""
@@ -294,7 +294,7 @@ class Locks:
         with _gate:
             self._check()
             try:
-                file = (self._leases.get(name) if shared else None) or self._open(name)
+                file = (self._leases.get(name) if shared else None) or self._open(name, shared)
                 if (count := file.counts.get(offset, 0)) or self._lock(file, offset, shared):
                     file.counts[offset] = count + 1
                     return cls(self, file, offset)
@@ -302,10 +302,13 @@ class Locks:
                 raise _explained(f"{self._folder}/{name}", error) from error
         return None
 
-    def _open(self, name: str) -> _File:
-        file = _File(name, self._strategy.open(f"{self._folder}/{name}"))
+    def _open(self, name: str, shared: bool = False) -> _File:
+        # The 64 files of leases stay open: the next lease, which will not be long, is then a single system call.
+        file = _File(name, self._strategy.open(f"{self._folder}/{name}"), shared and not self._strategy.per_id)
         _gate.descriptors.add(file.fd)
         self._files.add(file)
+        if shared:
+            self._leases[name] = file
         return file
 
     def _lock(self, file: _File, offset: int, shared: bool) -> bool:
@@ -313,10 +316,8 @@ class Locks:
         try:
             held = self._strategy.lock(file.fd, offset, not shared)
         finally:
-            if not held and not file.counts:
+            if not held and not file.counts and not file.stays:
                 self._close(file)
-        if held and shared:
-            self._leases[file.name] = file
         return held
 
     def _drop(self, file: _File, offset: int) -> None:
@@ -327,7 +328,7 @@ class Locks:
             del file.counts[offset]
             # Closing alone would leave the lock to a child of another thread that is between its fork and its exec.
             self._strategy.unlock(file.fd, offset)
-            if not file.counts:
+            if not file.counts and not file.stays:
                 self._close(file)
 
     def _close(self, file: _File) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .backend import Backend, BackendSpec
 from .durability import Durability, boot_id
-from .errors import ConfigError, explained
+from .errors import ConfigError, PluginError, StoreError, explained
 from .events import Deaths, Event, Events, Opened, Recovered
 from .locks import Lock, Locks
 from .marker import DURABILITIES, Marker, load, prepare
@@ -43,8 +43,9 @@ def open_store(
 
     With a *name*, the one of the host's configuration; with *backend* and *path*, the one spelled out, *options* being
     the backend's own; with neither, the configuration's default. *durability* is "group", "full" or "none", chosen when
-    the store is made. *verify* "digest" keeps the digest of each tree that is published, for fsck(). With *recover* False
-    what a crash left stays until fsck() repairs it. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
+    the store is made. *verify* "digest" keeps the digest of each tree that is published, for fsck(). With *recover*
+    False what a crash left stays until fsck() repairs it. *detach_barrier* is called at close() instead of the last
+    disk barrier, where one is due.
 
     Raises ConfigError, PluginError, NotSupported with the fix, or StoreError where the folder cannot be used.
     """
@@ -95,7 +96,13 @@ def sync(root: Path) -> None:
 def _listeners(registry: Registry, config: Config) -> Listeners:
     """The plugins that the configuration lists and that listen; each by itself, so that none can fail the others."""
     for name, options in config.plugin_options.items():
-        registry.hooks([name]).storebackends_use_options(options=options)
+        try:
+            registry.hooks([name]).storebackends_use_options(options=options)
+        except StoreError:
+            raise
+        except Exception as error:
+            reason = f"its storebackends_use_options() failed with {type(error).__name__}: {error}"
+            raise PluginError(name, reason, registry.distribution(name)) from error
 
     def call(hook: HookImpl, store: Store, event: Event) -> None:
         given = {"store": store, "event": event}

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from .backend import Backend, Size, Usage
-from .errors import Busy, ConfigError, NotFound, StoreError, explained
+from .errors import Busy, ConfigError, NotFound, StoreError
 from .index import Index, Row
 
 log = logging.getLogger(__name__)
@@ -242,6 +242,8 @@ class Pruning:
                 yield f"max_used {policy.max_used}: {_size(used)} are used"
         if policy.min_free is not None and not self._stuck:
             self._look()
+            if not self._count:
+                self._mark = self._margin()
             yield from self._short()
 
     def _short(self) -> Iterator[str]:
@@ -262,7 +264,7 @@ class Pruning:
     def _take(self, row: Row, need: str) -> None:
         try:
             with self._hold(row.id, len(self._refused) < _NAMED):
-                size = row.size or self._backend.size(row.id)
+                size = row.size if row.size and self._backend.result(row.id) else self._backend.size(row.id)
                 if not self._dry_run:
                     self._delete(row)
         except Busy as error:
@@ -282,15 +284,12 @@ class Pruning:
 
     def _delete(self, row: Row) -> None:
         # The plan is old by now: asked again under the locks, which nobody who builds on it or uses it can pass.
-        if self._backend.result(row.id) is None:
-            raise NotFound(row.id)
-        known = self._index.row(row.id)
-        if known is None or (known.attempt, known.used) != (row.attempt, row.used):
+        attempt, used, is_base = self._index.state(row.id) or ("", 0.0, False)
+        if (attempt, used) != (row.attempt, row.used):
             raise _Stays("used a moment ago")
-        if children := self._children(row.id):
+        if is_base and (children := self._children(row.id)):
             raise _Stays(f"base of {children[0]}, built a moment ago")
-        with explained(f"deleting {row.id!r}", self._backend.root):
-            self._backend.delete(row.id)
+        self._backend.delete(row.id)
 
     def _forget(self, row: Row) -> None:
         del self._rows[row.id]
@@ -308,7 +307,7 @@ class Pruning:
         self._used -= size.bytes
         if self._dry_run:
             self._usage = replace(self._usage, free=min(self._usage.free + size.bytes, self._usage.total))
-        elif self._policy.min_free is not None and not self._stuck:
+        elif self._mark < 0 and not self._stuck:
             self._pending, self._count = self._pending + size.bytes, self._count + 1
             if self._count >= GIVE_UP or self._pending >= -self._mark * self._usage.total:
                 self._stuck = not self._gained()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from .backend import Entry
@@ -24,14 +24,16 @@ class Result:
     *outcome* is "built" (this call ran the function), "attached" (another's run of it was awaited) or "hit".
     """
 
+    _view: AbstractContextManager[Path] | None = None
+    _path: Path | None = None
+    _released = True
+
     def __init__(
-        self, entry: Entry, lease: Lease, outcome: str, view: Callable[[str], AbstractContextManager[Path]]
+        self, entry: Entry, lease: Lease, outcome: str, show: Callable[[Result], AbstractContextManager[Path]]
     ) -> None:
-        self._entry, self._lease, self._show = entry, lease, view
-        self._view = ExitStack()
-        self._path: Path | None = None
-        self._released = False
+        self._entry, self._lease, self._show = entry, lease, show
         self.id, self.outcome = entry.id, outcome
+        self._released = False
 
     @property
     def path(self) -> Path:
@@ -39,9 +41,11 @@ class Result:
 
         Raises NotSupported where the backend cannot show it as a folder of this host.
         """
-        self._check()
+        if self._released:
+            raise StoreError(f"the result {self.id!r} was released; ask the store for it again")
         if self._path is None:
-            self._path = self._view.enter_context(self._show(self.id))
+            view = self._show(self)
+            self._path, self._view = view.__enter__(), view
         return self._path
 
     @property
@@ -67,14 +71,12 @@ class Result:
     def release(self) -> None:
         """Let go of the result. Idempotent."""
         self._released = True
+        view, self._view = self._view, None
         try:
-            self._view.close()
+            if view:
+                view.__exit__(None, None, None)
         finally:
             self._lease.release()
-
-    def _check(self) -> None:
-        if self._released:
-            raise StoreError(f"the result {self.id!r} was released; ask the store for it again")
 
     def __enter__(self) -> Result:
         return self
@@ -83,7 +85,7 @@ class Result:
         self.release()
 
     def __del__(self) -> None:
-        if hasattr(self, "_released"):
+        if not self._released:
             self.release()
 
     def __repr__(self) -> str:

@@ -29,7 +29,7 @@ class Sharing:
     def __init__(self, root: Path, backend: Backend, locks: Locks, failures: Failures, builds: Builds) -> None:
         self._root, self._backend, self._locks, self._failures, self._builds = root, backend, locks, failures, builds
         self._lock = threading.Lock()
-        self._followed: dict[tuple[str, str], tuple[Followed, Signal]] = {}
+        self._followed: dict[tuple[str, str], tuple[Followed, Signal, threading.Thread]] = {}
         self._closing = False
 
     def own(self, running: Running) -> Lock | None:
@@ -73,17 +73,20 @@ class Sharing:
             except NotFound:
                 return None
             signal = Signal([followed.log.path])
-            self._followed[id, attempt] = followed, signal
-        threading.Thread(target=self._attend, args=(followed, signal), name=f"follow {id}", daemon=True).start()
+            thread = threading.Thread(target=self._attend, args=(followed, signal), name=f"follow {id}", daemon=True)
+            thread.start()
+            self._followed[id, attempt] = followed, signal, thread
         return followed.log
 
     def close(self) -> None:
         """End the following; readers of those logs end with an error. Idempotent."""
         self._closing = True
         with self._lock:
-            signals = [signal for _, signal in self._followed.values()]
-        for signal in signals:
+            following = list(self._followed.values())
+        for _, signal, _ in following:
             signal.set()
+        for _, _, thread in following:
+            thread.join()
 
     def _attend(self, followed: Followed, signal: Signal) -> None:
         error = StoreError(f"the store was closed while the log of {followed.id!r} was followed; open it again")

@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ class Store:
         self._events = events
         self._builds = Builds(root)
         self._sharing = Sharing(root, backend, locks, failures, self._builds)
-        self._results: weakref.WeakSet[Result] = weakref.WeakSet()
+        self._shown: weakref.WeakSet[Result] = weakref.WeakSet()  # their views end with the store, as all leases do
         self._closed = threading.Event()
         self._pid = os.getpid()
         _open_stores.add(self)
@@ -154,7 +154,7 @@ class Store:
             lease.release()
             return None
         self._index.touch(id)
-        return self._keep(id, lease, "hit")
+        return self._lend(entry, lease, "hit")
 
     def log(self, id: str) -> BuildLog:
         """The log of *id*: of the build under way, else of the result, else of the newest failure. Raises NotFound."""
@@ -290,7 +290,7 @@ class Store:
             running.wait(None)
         self._events.close()  # now, while a listener may still ask the store
         self._closed.set()
-        for result in list(self._results):
+        for result in list(self._shown):
             result.release()
         with ExitStack() as undo:
             undo.callback(_open_stores.discard, self)
@@ -331,11 +331,17 @@ class Store:
         return build, running if new else None
 
     def _keep(self, id: str, lease: Lease, outcome: str) -> Result:
-        result = Result(self._entry(id), lease, outcome, self._backend.view)
-        self._results.add(result)
+        return self._lend(self._entry(id), lease, outcome)
+
+    def _lend(self, entry: Entry, lease: Lease, outcome: str) -> Result:
         if self._events.heard and outcome != "built":
-            self._events.tell(Hit if outcome == "hit" else Attached, id=id)
-        return result
+            self._events.tell(Hit if outcome == "hit" else Attached, id=entry.id)
+        return Result(entry, lease, outcome, self._show)
+
+    def _show(self, result: Result) -> AbstractContextManager[Path]:
+        self._shown.add(result)  # before the look: close() looks after the mark, so one of both ends the view
+        self._check_open()
+        return self._backend.view(result.id)
 
     def _execute(self, running: Running, fn: Function, base: str | None) -> None:
         error: BaseException | None = None
@@ -378,7 +384,8 @@ class Store:
             self._make(running, fn, record)
 
     def _make(self, running: Running, fn: Function, record: Record) -> None:
-        self._index.add(record.id, record.attempt, record.base)
+        if record.base is not None:
+            self._index.add(record.id, record.attempt, record.base)
         with explained(f"beginning the build of {record.id!r}", self._root):
             entry = self._backend.build(record.id, record.base, record.attempt, record)
         running.note = partial(_note_waits, entry, record)
@@ -438,6 +445,8 @@ class Store:
 
     def _after_rename(self, published: Entry, record: Record) -> None:
         # The result is there: what fails now is told, and fails nothing.
+        if record.base is None:
+            self._index.built(record.id, record.attempt)
         try:
             self._durability.published(published, record.attempt)
         except (OSError, StoreError) as error:
@@ -496,14 +505,17 @@ class Store:
     @contextmanager
     def _unused(self, id: str, named: bool = True) -> Iterator[None]:
         """Hold both locks of *id*. Raises Busy where anybody uses it, and if *named* says who."""
-        with ExitStack() as held:
-            for lock in (self._locks.try_work, self._locks.try_use):
-                taken = lock(id)
-                if taken is None:
-                    holders = self._locks.holders(id) if named else []
-                    raise Busy(id, f"in use by {', '.join(holders) or 'another process'}; wait, or end that", holders)
-                held.enter_context(taken)
+        work = self._locks.try_work(id)
+        use = work and self._locks.try_use(id)
+        try:
+            if use is None:
+                holders = self._locks.holders(id) if named else []
+                raise Busy(id, f"in use by {', '.join(holders) or 'another process'}; wait, or end that", holders)
             yield
+        finally:
+            for lock in (use, work):
+                if lock:
+                    lock.release()
 
     def _delete_one(self, id: str) -> None:
         with self._unused(id):

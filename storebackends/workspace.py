@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import process, trees
 from .backend import Backend, Entry
-from .caches import Caches, Loan, Mode
+from .caches import Caches, Loan, Mode, locked_here
 from .errors import Cancelled, CommandFailed, StoreError
 from .log import BuildLog
 
@@ -26,7 +26,8 @@ class Workspace:
         self._backend, self._entry, self._cancel, self._scratch = backend, entry, cancel, scratch
         self._caches = caches
         self._loans: dict[tuple[str, Mode], Loan] = {}
-        self._ended = False
+        locked_here()  # one list for all that the function does, in whatever context
+        self._scratched = self._ended = False
         self.log = log
         """The build's log: `log.write(b"...")`. What run() prints goes there by itself."""
 
@@ -52,6 +53,7 @@ class Workspace:
     def scratch(self) -> Path:
         """A folder outside the tree for what the build needs and the result does not; removed when it ends."""
         self._check()
+        self._scratched = True
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         return self._scratch
 
@@ -130,7 +132,8 @@ class Workspace:
         self._ended = True
         while self._loans:
             self._loans.popitem()[1].drop()
-        trees.remove(self._scratch)
+        if self._scratched:
+            trees.remove(self._scratch)
 
     def _check(self) -> None:
         if self._ended:

@@ -37,7 +37,8 @@ def pytest_report_header() -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if any(capabilities.root_only(name) for name in _needs(item)):
+        mounts = {"loop_fs", "small_tmpfs"} & set(getattr(item, "fixturenames", ()))
+        if mounts or any(capabilities.root_only(name) for name in _needs(item)):
             item.add_marker("root")
 
 

@@ -272,6 +272,7 @@ def test_what_is_shown_is_json_with_every_default(write: Write, toy: None, tmp_p
                 "backend": "toy",
                 "path": str(tmp_path / "fast"),
                 "durability": "group",
+                "verify": "none",
                 "level": 1,
                 "mode": "safe",
                 "folder": "sub",

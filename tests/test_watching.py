@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal as signals
 import sys
 import threading
 from pathlib import Path
@@ -69,7 +70,7 @@ class TestInotify:
         if child == 0:
             os.open(tmp_path / "f", os.O_WRONLY | os.O_CREAT)
             os.write(writing, b"1")
-            os.read(reading, 100) and os.read(reading, 1)
+            signals.pause()
             os._exit(0)
         os.read(reading, 1)
         with Signal([tmp_path / "f"]) as signal:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from storebackends import BuildFailed, Cancelled, CommandFailed, Store, StoreError, Workspace
 from tests.capabilities import needs
-from tests.stores import WAIT, files, left_in_progress, open_copy
+from tests.stores import files, left_in_progress, open_copy, until
 
 
 @pytest.fixture
@@ -108,22 +107,18 @@ class TestRun:
         inside(store, fn)
 
     def test_of_a_cancelled_build_is_ended(self, store: Store) -> None:
-        begun = threading.Event()
         pids: list[int] = []
 
         def fn(work: Workspace) -> None:
-            begun.set()
             try:
-                work.run(["sh", "-c", "echo $$ > pid; exec sleep 1000"])
+                work.run(["sh", "-c", "echo $$ > part; mv part pid; exec sleep 1000"])
             finally:
                 pids.append(int((work.path / "pid").read_text()))
                 assert work.cancelled
 
         build = store.start("a", fn)
-        assert begun.wait(WAIT)
         log = build.log
-        while not list(store.root.glob("in-progress/a~*/rootfs/pid")):
-            assert log.state == "open"
+        until(lambda: list(store.root.glob("in-progress/a~*/rootfs/pid")))
         build.cancel()
         with log.tail() as reader:
             assert b"".join(reader) == b""

@@ -34,8 +34,11 @@ from storebackends.errors import (
 )
 
 from ._build import build, import_, run
+from ._cache import cache
 from ._common import example, fail, printable
+from ._fsck import fsck
 from ._host import config, doctor, plugins, sync
+from ._prune import prune
 from ._results import df, log, ls, result, rm, show, tree
 
 FAILED, WRONG, REFUSED, BUG, INTERRUPTED, UNREAD = 1, 2, 3, 70, 130, 141
@@ -83,8 +86,12 @@ def cli(ctx: click.Context, store: str | None, debug: bool) -> None:
     _log_to_stderr(debug)
 
 
-for command in (build, run, import_, result, log, ls, tree, show, rm, df, config, plugins, doctor, sync):
-    cli.add_command(command)
+for group in (
+    (build, run, import_, result, log, ls, tree, show, rm, df),
+    (cache, prune, fsck, config, plugins, doctor, sync),
+):
+    for command in group:
+        cli.add_command(command)
 
 
 def main() -> None:

@@ -15,17 +15,18 @@ import pytest
 KIT = 1
 """The version of the kit. A higher one has cases that a backend which passed the last one may fail."""
 
-for _module in ("fidelity", "harness", "kills", "life", "logs", "machine", "roots", "trees"):
+for _module in ("caches", "fidelity", "harness", "kills", "life", "logs", "machine", "roots", "trees"):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
-from .fidelity import Fidelity  # noqa: E402 (asserts are rewritten on import, so only after the above)
+from .caches import Caches  # noqa: E402 (asserts are rewritten on import, so only after the above)
+from .fidelity import Fidelity  # noqa: E402
 from .harness import Harness, needs  # noqa: E402
 from .life import Life  # noqa: E402
 from .logs import Logs  # noqa: E402
 from .roots import Roots  # noqa: E402
 
-__all__ = ["KIT", "BackendConformance", "Fidelity", "Harness", "Life", "Logs", "Roots", "needs"]
+__all__ = ["KIT", "BackendConformance", "Caches", "Fidelity", "Harness", "Life", "Logs", "Roots", "needs"]
 
 
-class BackendConformance(Life, Fidelity, Logs, Roots):
+class BackendConformance(Life, Fidelity, Logs, Caches, Roots):
     """Every case. Derive a class named Test…, and give it `name`; see Harness for what else can be set."""

@@ -91,6 +91,7 @@ class Fidelity(Harness):
         base = None
         for number in range(CHAIN):
             entry = filled(backend, f"step-{number}", {}, base=base)
+            assert number == 0 or snapshot(backend.tree(entry), compared) == snapshot(flat, compared)
             edits.apply(flat, backend.tree(entry))
             backend.rename(f"step-{number}")
             base = f"step-{number}"

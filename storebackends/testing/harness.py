@@ -68,7 +68,7 @@ class Harness:
 
     def leftovers(self, root: Path) -> list[str]:
         """What a store should not keep once nothing runs. Extend it by the outside resources of the store in *root*."""
-        rooms = [root / room for room in ("in-progress", "trash", "scratch")]
+        rooms = [root / room for room in ("in-progress", "loans", "trash", "scratch")]
         return [str(path) for room in rooms if room.is_dir() for path in room.iterdir()]
 
     # For the cases.

@@ -134,15 +134,17 @@ class Logs(Harness):
                     reader.close()
                 assert waiting.result(PATIENCE) == []
 
-        store.build("first", function).release()  # opens what stays open: the index, modules
-        before = _descriptors()
+        open_after = []
+        for _ in range(3):  # the first round opens what stays open, such as the files of the ids' locks
+            for number in range(3):
+                store.build(f"id-{number}", function).release()
+                with store.log(f"id-{number}").tail() as reader:
+                    next(reader)
+                store.delete(f"id-{number}")
+            open_after.append(_descriptors())
 
-        for number in range(3):
-            store.build(f"id-{number}", function).release()
-            with store.log(f"id-{number}").tail() as reader:
-                next(reader)
-
-        assert _descriptors() == before
+        assert open_after[1] == open_after[0]
+        assert open_after[2] == open_after[0]
 
     def test_offsets_count_from_either_end_and_a_reader_can_be_resumed(self, store: Store) -> None:
         """Case 31."""

@@ -1,0 +1,81 @@
+"""Builds that do nothing: what a build costs beside the work it is for."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+
+from storebackends import Store
+
+from ..stores import open_copy, writes
+from .harness import Case, microseconds_each, scratch
+
+COUNT, ROUNDS = 1000, 10
+
+
+def cases() -> Iterator[Case]:
+    """Ten thousand in a row, each beside the least that leaves a folder under a name and a row in a table."""
+    with scratch() as folder, open_copy(folder / "store") as store, closing(_database(folder)) as database:
+        ids = (f"app-{n}" for n in count())
+        _build(store, ids)
+        descriptors, memory = _descriptors(), _memory()
+        yield Case(
+            "trivial build",
+            microseconds_each(COUNT, lambda: _build(store, ids)),
+            microseconds_each(COUNT, lambda: _plain(folder / "plain", database, ids)),
+            "mkdir, create 2 files, rename, insert in a batch",
+            unit="µs",
+            at_most=4,
+            rounds=ROUNDS,
+        )
+        yield _left("descriptors left by 10,000 builds", _descriptors() - descriptors, "", at_most=0)
+        yield _left("memory left by 10,000 builds", (_memory() - memory) / 1024, "MiB", at_most=2)
+
+
+def _left(name: str, figure: float, unit: str, at_most: float) -> Case:
+    return Case(name, lambda: figure, unit=unit, at_most=at_most, rounds=1, warm_up=False)
+
+
+def _build(store: Store, ids: Iterator[str]) -> None:
+    nothing = writes()
+    for _ in range(COUNT):
+        store.build(next(ids), nothing).release()
+
+
+def _plain(folder: Path, database: sqlite3.Connection, ids: Iterator[str]) -> None:
+    rows = []
+    for _ in range(COUNT):
+        id = next(ids)
+        build, result = f"{folder}/in-progress/{id}", f"{folder}/result/{id}"
+        os.mkdir(build)
+        for name in ("log", "build.json"):
+            os.close(os.open(f"{build}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.rename(build, result)
+        rows.append((id, "attempt", None, 0.0, 0.0))
+    with database:
+        database.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _database(folder: Path) -> sqlite3.Connection:
+    for name in ("in-progress", "result"):
+        os.makedirs(folder / "plain" / name)
+    database = sqlite3.connect(folder / "plain" / "index.sqlite")
+    database.executescript(
+        "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
+        "CREATE TABLE results (id TEXT PRIMARY KEY, attempt TEXT, base TEXT, created REAL, used REAL) WITHOUT ROWID;"
+    )
+    return database
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _memory() -> int:
+    """In KiB, now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
