@@ -37,6 +37,11 @@ CHUNK = 65536
 FIRST_TICK, LAST_TICK = 0.001, 0.05  # pauses between looks at what the kernel has no descriptor to poll for
 LINGER = 1.0  # how long killed processes may take to go
 
+_starting = threading.RLock()
+"""Held while a program is started. A child that another thread forks meanwhile, and that lives on, would keep the pipe
+by which the start learns that the program runs, and the start would wait until that child ends."""
+os.register_at_fork(before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+
 Sink = Callable[[bytes], None]
 Why = Literal["ended", "late", "cancelled"]
 
@@ -180,19 +185,20 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     uid, gid, groups = user or (None, None, None)
     try:
-        return subprocess.Popen(
-            argv,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=command.env,
-            cwd=command.cwd,
-            umask=umask,
-            user=uid,
-            group=gid,
-            extra_groups=groups,
-            start_new_session=True,
-        )
+        with _starting:
+            return subprocess.Popen(
+                argv,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=command.env,
+                cwd=command.cwd,
+                umask=umask,
+                user=uid,
+                group=gid,
+                extra_groups=groups,
+                start_new_session=True,
+            )
     except (OSError, ValueError) as error:
         raise CommandFailed(command.argv, None, f"cannot start: {error}") from error
 
@@ -305,19 +311,20 @@ def call(
         reason = "cannot start: the Python package 'sh' is missing; pip install 'storebackends[all]'"
         raise CommandFailed(argv, None, reason) from None
     try:
-        running = sh.Command(argv[0])(
-            *argv[1:],
-            _in=stdin,
-            _out=out,
-            _err=err,
-            _env=dict(env),
-            _cwd=None if cwd is None else str(cwd),
-            _tty_out=False,
-            _new_session=True,
-            _bg=True,
-            _bg_exc=False,
-            _ok_code=ANY_STATUS,
-        )
+        with _starting:
+            running = sh.Command(argv[0])(
+                *argv[1:],
+                _in=stdin,
+                _out=out,
+                _err=err,
+                _env=dict(env),
+                _cwd=None if cwd is None else str(cwd),
+                _tty_out=False,
+                _new_session=True,
+                _bg=True,
+                _bg_exc=False,
+                _ok_code=ANY_STATUS,
+            )
     except sh.ForkException as error:
         raise CommandFailed(argv, None, f"cannot start: {str(error).strip().splitlines()[-1]}") from error
     late = threading.Event()

@@ -227,14 +227,16 @@ class AsyncWorkspace:
     ) -> process.Finished:
         """See Workspace.run(). Cancelled, it ends the program and all that it started, and then is over."""
         cancel = process.Cancel()
-        own = copy.copy(self.sync)
-        own._cancel = cancel  # so that this program can be ended, and not the build
-        call = partial(
-            own.run, argv, env=env, cwd=cwd, input=input, timeout=timeout, user=user, capture=capture, check=check
-        )
+
+        def call() -> process.Finished:
+            own = copy.copy(self.sync)
+            own._cancel = cancel  # so that this program can be ended, and not the build
+            own._scratch = self.sync.scratch  # asked of the one that will remove it
+            return own.run(
+                argv, env=env, cwd=cwd, input=input, timeout=timeout, user=user, capture=capture, check=check
+            )
+
         self._running.add(cancel)
-        if self.cancelled:
-            cancel.set()
         try:
             return await _in_thread(call, pool=self._pool, cancel=cancel.set)
         finally:

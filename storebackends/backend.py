@@ -15,6 +15,7 @@ Most backends derive from `storebackends.entries.EntryBackend` and write four ve
 from __future__ import annotations
 
 import enum
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NotFound, NotSupported
+from .errors import NotFound, NotSupported, StoreError
 from .records import Record
 
 if TYPE_CHECKING:
@@ -64,11 +65,17 @@ class Entry:
         return self.folder.name.partition("~")[2] or self.read().attempt
 
     def read(self) -> Record:
-        """Read build.json. Raises NotFound where there is none, StoreError where it is broken."""
+        """Read build.json. Raises NotFound where there is none, StoreError where it is broken or unreadable."""
         try:
             return Record.load(self.record)
         except FileNotFoundError:
             raise NotFound(self.id, f"{self.record} is not there: {self.id!r} was deleted, or is not ours") from None
+        except OSError as error:
+            raise StoreError(f"{self.record} cannot be read: {error.strerror}; look into the kernel's log") from error
+
+    def save(self, record: Record) -> None:
+        """Write build.json, whole or not at all. Raises OSError."""
+        record.save(f"{self.folder}{os.sep}build.json")  # making a Path takes longer than writing the file
 
     @property
     def log(self) -> Path:

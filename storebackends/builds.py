@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from .process import Cancel
 from .results import Result
 from .watching import Signal
 
+_FREE = nullcontext()
+"""Around the waits of those who are in no build's function."""
 _current: ContextVar[Running | None] = ContextVar("storebackends_build", default=None)
 """The build whose function this thread is in."""
 
@@ -181,13 +183,13 @@ class Builds:
         finally:
             _current.reset(token)
 
-    @contextmanager
-    def waiting(self, id: str) -> Iterator[None]:
+    def waiting(self, id: str) -> AbstractContextManager[None]:
         """Around every wait for the build of *id*. Raises Busy where it would wait for itself, in whatever process."""
         waiter = _current.get()
-        if waiter is None:
-            yield
-            return
+        return self._waiting(waiter, id) if waiter else _FREE
+
+    @contextmanager
+    def _waiting(self, waiter: Running, id: str) -> Iterator[None]:
         with self._lock:
             waiter.waits_for.append(id)
             # Told before it is asked: of two processes that close a circle at once, one at least sees it.

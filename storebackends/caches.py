@@ -139,8 +139,8 @@ class Caches:
             if mode == "locked":
                 self._lock(name, held, cancelled)
             held.enter_context(self._locks.lease(_lent(name)))
-            source = self._newest(name, held)
             with explained(f"borrowing the cache {name!r}", self._backend.root):
+                source = self._newest(name, held)
                 entry = self._clone(name, source, held)
                 path = self._backend.tree(entry)
                 if source is None and owner is not None:
@@ -251,10 +251,13 @@ def drop_unsynced(backend: Backend, boot: str) -> None:
 
 def _trim(backend: Backend, locks: Locks, name: str) -> None:
     """Drop all generations but the newest, and those that loans were cloned from."""
-    for old in _generations(backend, name)[:-1]:
-        if lock := locks.try_use(_of(old)):
-            with lock:
-                _drop(backend, old)
+    try:
+        for old in _generations(backend, name)[:-1]:
+            if lock := locks.try_use(_of(old)):
+                with lock:
+                    _drop(backend, old)
+    except (OSError, StoreError) as error:  # nothing depends on it
+        log.warning("old generations of the cache %s stay until it is used again: %s", name, error)
 
 
 def _drop(backend: Backend, entry: CacheEntry) -> None:

@@ -42,9 +42,9 @@ def boot_id() -> str:
 
 @functools.cache
 def _syncfs() -> Callable[[int], int] | None:
-    if sys.platform != "linux":
-        return None
-    function: Callable[[int], int] = ctypes.CDLL(None, use_errno=True).syncfs
+    function: Callable[[int], int] | None = None
+    if sys.platform == "linux":
+        function = ctypes.CDLL(None, use_errno=True).syncfs
     return function
 
 
@@ -211,7 +211,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _attempt_in(folder: int) -> str:
-    descriptor = os.open("build.json", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+    descriptor = os.open("build.json", os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0), dir_fd=folder)
     with open(descriptor, "rb") as file:
         return Record.parse(file.read(), Path("build.json")).attempt
 

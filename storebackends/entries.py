@@ -89,7 +89,7 @@ class EntryBackend(Backend):
 
     def rename(self, id: str) -> Entry:
         """See Backend.rename."""
-        entry, result = self._building(id), Entry(id, self.results / id)
+        entry, result = self._building(id), _entry(id, f"{self._results}{id}")
         if os.path.lexists(result.folder):  # rename(2) would replace an empty folder
             raise StoreError(f"cannot publish {id!r}: {result.folder} exists; only this store's locks keep it free")
         self.seal(entry)
@@ -176,7 +176,12 @@ class EntryBackend(Backend):
 
     def size(self, id: str) -> Size:
         """See Backend.size; an estimate, since files may share blocks or inodes with other results."""
-        return Size(trees.size(self._source(id).folder), exact=False)
+        try:
+            return Size(trees.size(self._source(id).folder), exact=False)
+        except StoreError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # deleted just now
+                raise NotFound(id) from None
+            raise
 
     def tree(self, entry: Entry) -> Path:
         """The folder that holds the tree."""
@@ -198,8 +203,8 @@ class EntryBackend(Backend):
         """Make the entry's folder, its record and then, by *clone*, its tree; or leave nothing of it."""
         with ExitStack() as undo:
             undo.callback(self._hide_and_remove, entry.folder)
-            entry.folder.mkdir(mode=0o700)
-            record.save(entry.record)
+            os.mkdir(entry.folder, 0o700)
+            entry.save(record)
             clone(entry)
             undo.pop_all()  # the caller's from here
 

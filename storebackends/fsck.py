@@ -148,16 +148,19 @@ class Check:
             yield "scratch", Problem(str(scratch / name), "belongs to no build", partial(trees.remove, scratch / name))
 
     def _trash(self) -> Iterator[tuple[str, Problem]]:
-        for name in sorted(os.listdir(self._root / "trash")):
+        trash = self._root / "trash"
+        left = []
+        for name in sorted(os.listdir(trash)):
             if lock := self._locks.try_work(name.partition("~")[0]):  # else it is being deleted
                 with lock:
-                    path = self._root / "trash" / name
-                    if path.exists():
-                        yield "trash", Problem(str(path), "was deleted in part only", partial(self._sweep, path))
+                    left += [trash / name] if os.path.lexists(trash / name) else []
+        for path in left:  # all are told before one repair removes them all
+            yield "trash", Problem(str(path), "was deleted in part only", partial(self._sweep, path))
 
     def _sweep(self, path: Path) -> None:
-        self._backend.sweep()
-        if path.exists():
+        if os.path.lexists(path):
+            self._backend.sweep()
+        if os.path.lexists(path):
             raise StoreError("it cannot be removed; the log says why")
 
     def _rows(self) -> Iterator[tuple[str, Problem]]:

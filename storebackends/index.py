@@ -13,7 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class Index:
         self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)", [(id, attempt, base, now, now)])
 
     def built(self, id: str, attempt: str) -> None:
-        """Remember the result that *attempt* built on nothing; written in batches, as nobody's deletion waits for it."""
+        """Remember that *attempt* left a result without a base; written in batches, since no deletion depends on it."""
         self._built[id] = attempt, time.time()
         self._flush_if_due()
 
@@ -117,13 +117,13 @@ class Index:
 
     def children(self, id: str) -> list[str]:
         """The ids last built, or being built, on *id*; some may be gone again: ask the disk."""
-        with self._lock:
+        with self._reading():
             self._reconcile()
             return [row[0] for row in self._db.execute("SELECT id FROM results WHERE base = ? ORDER BY id", (id,))]
 
     def rows(self) -> Iterator[Row]:
         """All that is known, oldest use first."""
-        with self._lock:
+        with self._reading():
             self.flush()
             self._reconcile(anew=True)  # other processes have results that they did not write a row of yet
             found = self._db.execute(f"{_ROWS} ORDER BY used").fetchall()
@@ -131,7 +131,7 @@ class Index:
 
     def state(self, id: str) -> tuple[str, float, bool] | None:
         """The attempt and the last use of *id*, also one not yet written, and if anything may have been built on it."""
-        with self._lock:
+        with self._reading():
             self._reconcile()
             found = self._db.execute(_STATE, (id,)).fetchone()
         return found and (found[0], max(found[1], self._uses.get(id, 0)), bool(found[2]))
@@ -170,6 +170,23 @@ class Index:
         if len(self._uses) + len(self._built) >= BATCH or time.monotonic() - self._flushed > PAUSE:
             self.flush()
 
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """What cannot be read is asked again later, of the records too; who asks now gets a StoreError, no guess."""
+        try:
+            with self._lock:
+                yield
+        except (sqlite3.Error, OSError) as error:
+            self._mistrust()
+            reason = f"{self._path} cannot be read: {error}"
+            raise StoreError(f"{reason}; should that last, remove it: it is made anew from the results") from error
+
+    def _mistrust(self) -> None:
+        """Have every process read the records again."""
+        self._reconciled = False
+        with suppress(OSError):
+            self._dirty.touch()
+
     def _write(self, statement: str, rows: Iterable[tuple[object, ...]]) -> None:
         """A failed write is logged, and leaves a note on the disk for every process to read the records again."""
         try:
@@ -178,9 +195,7 @@ class Index:
                 self._db.executemany(statement, rows)
         except sqlite3.Error as error:
             log.warning("%s was not written (%s); the results are whole, the index is mended later", self._path, error)
-            self._reconciled = False
-            with suppress(OSError):
-                self._dirty.touch()
+            self._mistrust()
 
     def _reconcile(self, anew: bool = False) -> None:
         """Once, and after a failed write of any process: take in what the disk has and the index lacks."""

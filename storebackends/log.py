@@ -83,7 +83,7 @@ class Move:
 
     def to(self, path: str | os.PathLike[str]) -> None:
         """Tell the log its new path."""
-        self.target = Path(path).absolute()
+        self.target = _absolute(path)
 
 
 class BuildLog:
@@ -103,7 +103,7 @@ class BuildLog:
     @classmethod
     def create(cls, path: str | os.PathLike[str], *, strategy: type[Strategy] | None = None) -> Self:
         """Begin the log of a build at *path*. StoreError if something is there already."""
-        file = (strategy or NATIVE)(Path(path).absolute())
+        file = (strategy or NATIVE)(_absolute(path))
         try:
             file.create()
         except OSError as error:
@@ -120,7 +120,7 @@ class BuildLog:
 
         Holds no descriptor but while it has readers.
         """
-        file = (strategy or NATIVE)(Path(path).absolute())
+        file = (strategy or NATIVE)(_absolute(path))
         try:
             found = os.lstat(file.path)
         except OSError as error:
@@ -132,7 +132,7 @@ class BuildLog:
     @classmethod
     def elsewhere(cls, path: str | os.PathLike[str], *, strategy: type[Strategy] | None = None) -> Self:
         """The log at *path*, which another process writes: grew() and settled() tell what it does. NotFound."""
-        log = cls((strategy or NATIVE)(Path(path).absolute()), "open", 0)
+        log = cls((strategy or NATIVE)(_absolute(path)), "open", 0)
         log._kept = log._source()
         return log
 
@@ -342,6 +342,9 @@ class _Source:
 
     def __init__(self, strategy: Strategy, handle: int) -> None:
         self._strategy, self._handle = strategy, handle
+        # Not by __del__: during that, a weak reference still gives the object to another thread.
+        self._finalizer = weakref.finalize(self, strategy.close, handle)
+        self._finalizer.atexit = False
         self.readers: weakref.WeakSet[LogReader] = weakref.WeakSet()
         self._chunks: dict[int, bytes] = {}
         self._reading = threading.Lock()
@@ -361,11 +364,8 @@ class _Source:
         return found
 
     def close(self) -> None:
-        handle, self._handle = self._handle, -1
-        self._strategy.close(handle)
-
-    def __del__(self) -> None:
-        self.close()
+        self._handle = -1
+        self._finalizer()
 
 
 class _Waiters:
@@ -421,6 +421,10 @@ class _Waiters:
             self._gate, self._listening, self._hurry = None, False, False
             self._opened = time.monotonic()
             gate.release()
+
+
+def _absolute(path: str | os.PathLike[str]) -> Path:
+    return (path if isinstance(path, Path) else Path(path)).absolute()
 
 
 def _failure(verb: str, path: Path, error: OSError) -> StoreError:

@@ -25,6 +25,7 @@ from .backend import (
 from .entries import EntryBackend
 from .errors import (
     BaseNotFound,
+    BuilderDied,
     BuildFailed,
     Busy,
     Cancelled,
@@ -49,6 +50,7 @@ __all__ = [
     "BackendSpec",
     "BaseNotFound",
     "BuildFailed",
+    "BuilderDied",
     "Busy",
     "CacheEntry",
     "Cancelled",

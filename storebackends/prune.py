@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from .backend import Backend, Size, Usage
+from .durability import Durability
 from .errors import Busy, ConfigError, NotFound, StoreError
 from .index import Index, Row
 
@@ -190,6 +191,8 @@ class Pruning:
                 if used > self._floor:
                     break  # and so are all others
                 self._take(self._rows[id], need)
+            if self._count and self._margin() < 0:
+                self._gained()  # before it is said that it was not enough
         finally:
             self._index.forget(self._gone)
         stays = list(self._stays())
@@ -309,7 +312,7 @@ class Pruning:
             self._usage = replace(self._usage, free=min(self._usage.free + size.bytes, self._usage.total))
         elif self._mark < 0 and not self._stuck:
             self._pending, self._count = self._pending + size.bytes, self._count + 1
-            if self._count >= GIVE_UP or self._pending >= -self._mark * self._usage.total:
+            if self._count >= GIVE_UP or self._is_due():
                 self._stuck = not self._gained()
                 self._pending, self._count, self._mark = 0, 0, self._margin()
 
@@ -317,16 +320,38 @@ class Pruning:
         """Is there more space than at the last look, now that enough should be free? Waits a little for it."""
         started = time.monotonic()
         self._backend.settle(self._patience)
+        margin = self._wait_for_more()
+        if margin < 0 and (self._is_due() or margin <= self._mark):
+            self._commit()
+            self._look()
+            margin = self._margin()
         self._patience = max(0.0, self._patience - (time.monotonic() - started))
+        return margin > self._mark
+
+    def _is_due(self) -> bool:
+        """By the sizes of what was deleted, should enough be free?"""
+        return self._pending >= round(-self._mark * self._usage.total)
+
+    def _wait_for_more(self) -> float:
         last = self._mark
         for pause in _PAUSES:
             self._look()
             margin = self._margin()
             if margin >= 0 or margin == last > self._mark:  # enough, or no more to come
-                return True
+                return margin
             last = margin
             time.sleep(pause)
-        return last > self._mark
+        return last
+
+    def _commit(self) -> None:
+        """Btrfs gives space back with its next transaction only."""
+        durability = Durability("group", self._backend.sync_paths(), self._backend.root / "result")
+        try:
+            durability.barrier()
+        except StoreError as error:
+            log.warning("%s", error)
+        finally:
+            durability.close(flush=False)
 
     # What stays.
 
@@ -354,7 +379,7 @@ class Pruning:
     def _unmet(self, held: Counter[str]) -> Iterator[str]:
         if self._all:
             return
-        why = ", ".join(f"{count} {holder}" for holder, count in held.items())
+        why = ", ".join(f"{count} {holder}" for holder, count in sorted(held.items()))
         why = f"held back by {why}" if why else "no result is left, and the rest is not this store's"
         yield from (f"{need}; {why}" for need in self._needs() if not self._is_guess(need))
         if self._stuck:

@@ -48,7 +48,7 @@ def discard_dead(backend: Backend, failures: Failures, id: str, attempt: str) ->
         record = entry.read()
     except (NotFound, StoreError):
         record = Record(id, attempt)  # killed before the record was whole
-    if not record.outcome:
+    if record.outcome in (None, "built"):  # the second is written just before the rename, which did not come
         reason = f"its builder (pid {record.pid}) died" if record.pid else "its builder died"
         record = replace(record, finished=time.time(), outcome="died", reason=reason)
     if entry.folder.is_dir():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import threading
 import time
 import weakref
@@ -64,8 +65,12 @@ class Store:
         self._root, self._marker, self._backend, self._locks, self._failures = root, marker, backend, locks, failures
         self._presence = presence  # the store's lock, shared: nobody may have the store for itself alone
         self._scratch = root / "scratch"
-        self._index = Index(root, root / "result")
         self._durability = Durability(marker.durability, backend.sync_paths(), root / "result")
+        try:
+            self._index = Index(root, root / "result")
+        except BaseException:
+            self._durability.abandon()
+            raise
         self._caches = Caches(backend, locks, self._durability, marker.boot)
         self._detach_barrier = detach_barrier
         self.prune_policy: Policy | None = None
@@ -346,7 +351,11 @@ class Store:
     def _execute(self, running: Running, fn: Function, base: str | None) -> None:
         error: BaseException | None = None
         try:
-            with self._builds.waiting(running.id), self._builds.building(running):
+            with (
+                explained(f"building {running.id!r}", self._root),
+                self._builds.waiting(running.id),
+                self._builds.building(running),
+            ):
                 self._live(running, fn, base)
         except BaseException as raised:  # noqa: BLE001 (each caller gets it, or its like)
             error = raised
@@ -403,8 +412,7 @@ class Store:
         with explained(f"beginning the log of {entry.id!r}", self._root):
             build_log = BuildLog.create(entry.log)
         running.has_log(build_log)
-        scratch = self._scratch / entry.attempt
-        work = Workspace(self._backend, entry, build_log, running.cancel, scratch, self._caches)
+        work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch, self._caches)
         try:
             fn(work)
             work.end(give_back=True)
@@ -420,7 +428,7 @@ class Store:
 
     def _publish(self, running: Running, entry: Entry, record: Record) -> None:
         tree = self._backend.tree(entry) if Capability.HOST_TREE in self._backend.capabilities else None
-        if tree and (tree.is_symlink() or not tree.is_dir()):
+        if tree and not _is_folder(tree):
             raise BuildFailed(entry.id, entry.attempt, f"its function removed or replaced its tree, {tree}")
         build_log = running.current_log
         assert build_log is not None  # noqa: S101 (_fill made it)
@@ -428,7 +436,7 @@ class Store:
             length = build_log.finish()
             digest = self._digest(tree) if self.verify and tree else None
             final = replace(record, finished=time.time(), outcome="built", log_length=length, digest=digest)
-            final.save(entry.record)
+            entry.save(final)
             self._durability.before_rename(entry, tree, self._backend.seals_durably)
             with build_log.moving() as move:
                 published = self._backend.rename(entry.id)
@@ -495,7 +503,9 @@ class Store:
 
     def _prune(self, policy: Policy, *, all: bool = False, dry_run: bool = False) -> Plan:
         started = time.monotonic()
-        plan = Pruning(self._backend, self._index, self._unused, self.children, policy).run(all=all, dry_run=dry_run)
+        with explained("pruning", self._root):
+            pruning = Pruning(self._backend, self._index, self._unused, self.children, policy)
+            plan = pruning.run(all=all, dry_run=dry_run)
         if plan.steps and not dry_run:
             ids, freed = tuple(step.id for step in plan.steps), plan.freed
             seconds = time.monotonic() - started
@@ -509,6 +519,8 @@ class Store:
         use = work and self._locks.try_use(id)
         try:
             if use is None:
+                if work:
+                    work.release()  # or this process would be among the holders
                 holders = self._locks.holders(id) if named else []
                 raise Busy(id, f"in use by {', '.join(holders) or 'another process'}; wait, or end that", holders)
             yield
@@ -565,6 +577,14 @@ def _note_waits(entry: Entry, record: Record, waits_for: tuple[str, ...]) -> Non
     # Another process may miss a circle for want of it, and wait until somebody cancels; the build itself is well.
     with suppress(OSError):
         replace(record, waits_for=waits_for).save(entry.record)
+
+
+def _is_folder(path: Path) -> bool:
+    """Is it one itself, and no link to one?"""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _reason(error: BaseException) -> str:

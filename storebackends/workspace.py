@@ -21,13 +21,14 @@ class Workspace:
     """One build, seen from inside. Valid until the function returns."""
 
     def __init__(
-        self, backend: Backend, entry: Entry, log: BuildLog, cancel: process.Cancel, scratch: Path, caches: Caches
+        self, backend: Backend, entry: Entry, log: BuildLog, cancel: process.Cancel, scratches: Path, caches: Caches
     ) -> None:
-        self._backend, self._entry, self._cancel, self._scratch = backend, entry, cancel, scratch
+        self._backend, self._entry, self._cancel, self._scratches = backend, entry, cancel, scratches
+        self._scratch: Path | None = None  # made when first asked for, as most builds need none
         self._caches = caches
         self._loans: dict[tuple[str, Mode], Loan] = {}
         locked_here()  # one list for all that the function does, in whatever context
-        self._scratched = self._ended = False
+        self._ended = False
         self.log = log
         """The build's log: `log.write(b"...")`. What run() prints goes there by itself."""
 
@@ -53,7 +54,7 @@ class Workspace:
     def scratch(self) -> Path:
         """A folder outside the tree for what the build needs and the result does not; removed when it ends."""
         self._check()
-        self._scratched = True
+        self._scratch = self._scratches / self.attempt
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         return self._scratch
 
@@ -132,7 +133,7 @@ class Workspace:
         self._ended = True
         while self._loans:
             self._loans.popitem()[1].drop()
-        if self._scratched:
+        if self._scratch:
             trees.remove(self._scratch)
 
     def _check(self) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -26,6 +28,7 @@ from storebackends import (
 )
 from storebackends.aio import AsyncResult, AsyncStore, AsyncWorkspace
 from storebackends.locks import Locks
+from tests.capabilities import PROJECT, needs
 from tests.stores import WAIT, files, left_in_progress, open_copy, until, writes
 
 Main = Callable[[AsyncStore], Coroutine[Any, Any, None]]
@@ -181,9 +184,9 @@ def test_failures_are_the_same(run: Callable[[Main], None]) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes with a name")
 def test_programs_of_one_build_run_beside_each_other_and_the_loop(run: Callable[[Main], None]) -> None:
     async def fn(work: AsyncWorkspace) -> None:
-        for name in ("to", "back"):
-            assert sys.platform != "win32"
-            os.mkfifo(work.scratch / name)
+        if sys.platform != "win32":
+            os.mkfifo(work.scratch / "to")
+            os.mkfifo(work.scratch / "back")
         # Each waits for the other: run one after the other they would never end.
         await asyncio.gather(
             work.run(["sh", "-c", f"echo x > {work.scratch}/to; cat {work.scratch}/back"]),
@@ -523,6 +526,33 @@ class TestTail:
                     [chunk async for chunk in log.tail()]
 
         run(test)
+
+
+@pytest.mark.docs
+@needs("source")
+def test_the_how_to_works_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (PROJECT / "docs/how-to/asyncio.md").read_text()
+    program, *parts = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+
+    names: dict[str, Any] = {"contextlib": contextlib}
+    exec(program, names)
+    exec("\n".join(parts), names)
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[:1] == ["built hello"]
+    assert sum(int(line.split()[0]) for line in said[1:]) == len("hello\n" + "6 hello.txt\n")
+    asyncio.run(_the_parts_of_the_how_to(tmp_path / "store", names))
+
+
+async def _the_parts_of_the_how_to(root: Path, names: dict[str, Any]) -> None:
+    async with aio.open_store(backend="copy", path=root) as store:
+        assert b"hello" in await names["first"](store, "hello")
+        assert await names["children"](store, "hello") == []
+        with pytest.raises(BuildFailed, match="make"):
+            await store.build("checked", names["fn"])
 
 
 def test_a_store_that_is_open_already_can_be_used(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from storebackends.recipe import Recipe, load
 from storebackends.steps import plan, run_recipe
 from tests.capabilities import needs
 from tests.stores import WAIT, files, open_copy, python, until, writes
+from tests.test_docs import blocks
 
 BORROWER = """if True:
     import sys, tests.stores as stores
@@ -449,6 +450,18 @@ def test_a_copy_is_never_marked(tmp_path: Path) -> None:
             opening.sync(store.root)
 
             assert not list(store.root.glob("loans/*/synced"))
+
+
+@pytest.mark.docs
+@needs("source")
+def test_the_how_to_works_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    exec("\n".join(blocks("docs/how-to/caches.md", "python")), {})
+
+    assert capsys.readouterr().out == "['downloaded']\n"
 
 
 # In recipes.

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from storebackends import config
 from storebackends.config import Config, load, validate_options
 from storebackends.errors import ConfigError
+from storebackends.prune import Policy
 from storebackends.registry import Registry
 from tests.distributions import PLUGIN, install
 
@@ -214,13 +215,42 @@ def test_every_problem_is_in_one_report(write: Write, toy: None) -> None:
         ("stores.fast = { path = '/ABS/x', pth = 1 }", "stores.fast.pth: is no known key; did you mean 'path'?"),
         ("stores.'a b'.path = '/ABS/x'", 'stores."a b": a store\'s name has letters'),
         ("default = 'fsat'\nstores.fast.path = '/ABS/x'", "default: there is no store 'fsat'; did you mean 'fast'?"),
-        ("stores.fast = { path = '/ABS/x', prune = {} }", "stores.fast.prune: is no known key"),
+        ("stores.fast = { path = '/ABS/x', prune = 5 }", "stores.fast.prune: should be a table, not 5"),
+        (
+            "stores.fast = { path = '/ABS/x', prune = { min_fre = 5 } }",
+            "stores.fast.prune.min_fre: is no known key; did you mean 'min_free'?",
+        ),
+        (
+            "stores.fast = { path = '/ABS/x', prune = { max_used = '10GX' } }",
+            "stores.fast.prune.max_used: should be a number of bytes, an amount like",
+        ),
+        (
+            "stores.fast = { path = '/ABS/x', prune = { keep_for = true } }",
+            "stores.fast.prune.keep_for: should be a number of seconds, or a duration like",
+        ),
+        ("stores.fast = { path = '/ABS/x', prune = { max_items = -1 } }", "stores.fast.prune.max_items: should be"),
+        ("stores.fast = { path = '/ABS/x', verify = 'md5' }", "stores.fast.verify: should be 'none' or 'digest'"),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_dotted_key(write: Write, text: str, problem: str) -> None:
     (found,) = problems(write(text))
 
     assert found.startswith(problem)
+
+
+def test_the_rules_of_prune_are_kept_as_they_were_written(write: Write) -> None:
+    file = write("""
+        [stores.fast]
+        path = "/ABS/fast"
+        verify = "digest"
+        prune = { min_free = "15%", max_used = 1000, keep_for = "7d", max_items = 3 }
+    """)
+
+    store = load(file).store()
+
+    assert store.prune == Policy(min_free="15%", max_used=1000, keep_for="7d", max_items=3)
+    assert store.verify == "digest"
+    assert store.show()["prune"] == {"min_free": "15%", "max_used": 1000, "keep_for": "7d", "max_items": 3}
 
 
 def test_two_stores_in_one_folder_are_refused_through_a_link_too(write: Write, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib
 import os
 import queue
+import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import storebackends
 from storebackends import BuildFailed, ConfigError, Store, StoreError, events, opening
 from storebackends.events import Attached, Cancelled, Closed, Dropped, Event, Failed, Finished, Hit, Pruned, Started
+from tests.capabilities import PROJECT, needs
 from tests.distributions import install
 from tests.stores import WAIT, open_copy, python, until, writes
 
@@ -87,6 +90,7 @@ class TestTold:
     def test_is_who_found_a_result_and_who_waited_for_it(self, store: Store) -> None:
         going = threading.Event()
         first = store.start("a", lambda work: going.wait(WAIT))
+        assert first.log  # so it has started
         ears = Ears(store)
 
         second = store.start("a", writes(f="no"))
@@ -238,6 +242,23 @@ class TestListener:
             store.listen(print)
 
 
+@pytest.mark.docs
+@needs("source")
+def test_the_reference_works_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    page = (PROJECT / "docs/reference/events.md").read_text()
+    for example in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE):
+        exec(example, {})
+
+    assert re.fullmatch(r"hello [0-9.e-]+\n", capsys.readouterr().out)
+    told = {name for name, value in vars(events).items() if isinstance(value, type) and issubclass(value, Event)}
+    assert {name for name in told if name[0] != "_"} - {"Event"} == set(
+        re.findall(r"^\| `([A-Z]\w+)`", page, re.MULTILINE)
+    )
+
+
 def test_there_is_a_thread_only_while_somebody_listens(store: Store) -> None:
     store.build("a", writes(f="1")).release()
     store.build("a", writes(f="1")).release()
@@ -251,17 +272,18 @@ def test_there_is_a_thread_only_while_somebody_listens(store: Store) -> None:
     assert len(threads()) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_child_tells_nobody(store: Store) -> None:
     ears = Ears(store)
 
-    if (child := os.fork()) == 0:
-        store._events.tell(Hit, id="in the child")
-        ears.listener.close()
-        os._exit(store._events.heard or bool(store._events._queue))
+    if sys.platform != "win32":
+        if (child := os.fork()) == 0:
+            store._events.tell(Hit, id="in the child")
+            ears.listener.close()
+            os._exit(store._events.heard or bool(store._events._queue))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     store.build("a", writes(f="1")).release()
     assert [type(ears.next()), type(ears.next())] == [Started, Finished]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from storebackends import index as index_module
+from storebackends.backend import Size
 from storebackends.index import Index
 from storebackends.records import Record
 from tests.capabilities import needs
@@ -131,6 +132,57 @@ def test_many_threads_and_handles_may_write(root: Path) -> None:
     assert len(indexes[0].children("base")) == 200
     for index in indexes:
         index.close()
+
+
+def test_a_use_is_written_soon_where_uses_are_few(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "PAUSE", 0.0)
+    publish(root, "a")
+    index = opened(root)
+    index.add("a", "0", None)
+    before = used(root)["a"]
+
+    index.touch("a")
+
+    assert used(root)["a"] > before
+    index.close()
+
+
+def test_forgets_an_attempt_but_not_the_next_one_at_that_id(root: Path) -> None:
+    index = opened(root)
+    for id, attempt in (("a", "old"), ("b", "old"), ("b", "new")):
+        index.add(id, attempt, "base")
+
+    index.forget([("a", "old"), ("b", "old")])
+
+    assert index.children("base") == ["b"]
+    assert index.state("a") is None
+    index.close()
+
+
+def test_keeps_the_size_of_an_attempt_for_as_long_as_the_attempt(root: Path) -> None:
+    index = opened(root)
+    for id in ("a", "b", "c"):
+        index.add(id, "0", None)
+    index.measured([("a", "0", Size(5, exact=True)), ("b", "0", Size(6, exact=False)), ("c", "0", Size(7, exact=True))])
+
+    index.add("b", "1", None)
+    index.remove("c")
+    index.add("c", "0", None)
+
+    assert {row.id: row.size for row in index.rows()} == {"a": Size(5, exact=True), "b": None, "c": None}
+    index.close()
+
+
+def test_tells_the_state_of_an_id_with_the_uses_not_yet_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storebackends.index.time.time", iter(range(100, 200)).__next__)
+    index = opened(root)
+    index.add("base", "0", None)
+    index.add("child", "1", "base")
+
+    assert index.state("base") == ("0", 100, True)
+    index.touch("child")
+    assert index.state("child") == ("1", 102, False)
+    index.close()
 
 
 @needs("unprivileged")

@@ -23,7 +23,7 @@ PACKAGES = sorted(folder.name for folder in (ROOT / "plugins").glob("storebacken
 
 # A promise to other people's plugins: adding a name is a decision, removing one breaks them.
 NAMES = """
-    API OLDEST_API Backend BackendSpec Capability Command Entry EntryBackend Problem Size Support Usage
+    API OLDEST_API Backend BackendSpec CacheEntry Capability Command Entry EntryBackend Problem Size Support Usage
     BaseNotFound BuildFailed Busy Cancelled CommandFailed ConfigError InvalidId NoSpace NotFound NotSupported
     PluginError RecipeError StoreError
     Finished Options check_id hookimpl hookspec tool trees

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import storebackends
 import storebackends_metrics
 from storebackends import BuildFailed, ConfigError, NotSupported
+from tests.capabilities import PROJECT, needs
 from tests.stores import WAIT, python, until, writes
 
 pytest.importorskip("prometheus_client", reason="needs prometheus_client")
@@ -252,6 +254,21 @@ class TestOptions:
 
             assert exporter() is not before
             assert before.server is None
+
+
+@pytest.mark.docs
+@needs("source")
+def test_the_how_to_names_every_metric_and_option(configure: Configure) -> None:
+    page = (PROJECT / "docs/how-to/metrics.md").read_text()
+    configure("port = 0")
+
+    with storebackends.open_store():
+        until(lambda: exporter().server)
+        found = {name[0] for name in scrape()}
+
+    named = {name.removeprefix("storebackends_") for name in re.findall(r"`(storebackends_\w+)`", page)}
+    assert {re.sub("_(bucket|count|sum)$", "", name) for name in found if not name.endswith("_created")} == named
+    assert set(re.findall(r"^\| `(\w+)` \| (?:string|integer)", page, re.MULTILINE)) == set(MetricsOptions.model_fields)
 
 
 def test_without_prometheus_client_the_error_says_what_to_install(
