@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,5 @@ class DupFd:
         if handle >= 0:
             os.close(handle)
 
-    @contextmanager
-    def moving(self) -> Iterator[None]:
-        with self._place:
-            yield
+    def moving(self) -> AbstractContextManager[object]:
+        return self._place

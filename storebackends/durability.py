@@ -13,6 +13,7 @@ Where there is no syncfs(2) (macOS, Windows) the files are flushed one by one be
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import logging
 import os
@@ -23,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .backend import Entry
-from .errors import StoreError
+from .errors import NoSpace, StoreError
 from .records import Record
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,10 @@ class Durability:
         syncfs = _syncfs()
         for descriptor in self._descriptors:
             if syncfs and syncfs(descriptor) != 0:
-                reason = os.strerror(ctypes.get_errno())
+                number = ctypes.get_errno()
+                reason = os.strerror(number)
+                if number in (errno.ENOSPC, errno.EDQUOT):
+                    raise NoSpace(str(self._results), reason)
                 raise StoreError(
                     f"the disk below {self._results} failed to write: {reason}; look into the kernel's log"
                 )

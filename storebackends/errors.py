@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 
 class StoreError(Exception):
@@ -142,12 +141,17 @@ class PluginError(StoreError):
         self.plugin, self.reason, self.distribution = plugin, reason, distribution
 
 
-@contextmanager
-def explained(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+class explained:  # noqa: N801 (a context manager is called like a function; a generator takes three times as long)
     """Turn an OSError of the block into NoSpace, or a StoreError that says *what* failed; it stays as the cause."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(os.fspath(path), f"{what}: {error.strerror}") from error
-        raise StoreError(f"{what} failed: {error}") from error
+
+    def __init__(self, what: str, path: str | os.PathLike[str]) -> None:
+        self._what, self._path = what, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(os.fspath(self._path), f"{self._what}: {error.strerror}") from error
+            raise StoreError(f"{self._what} failed: {error}") from error

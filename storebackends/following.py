@@ -29,9 +29,12 @@ class Followed:
     def look(self) -> Record | None:
         """Take in what is new; the attempt's final record once there is one."""
         if self.outcome is None:
-            # The length first: what is seen of the log before the outcome is no more than the outcome's length.
-            with suppress(OSError):
+            try:
+                # Where its log still is, it runs. That is all that a thousand waiters look at while nothing happens.
                 self.log.grew(os.stat(self.log.path).st_size)
+                return None
+            except OSError:
+                pass
             for folder in (self._root / "result" / self.id, self._root / "failed" / f"{self.id}~{self.attempt}"):
                 if record := self._final(folder):
                     self._settle(record, folder / "log")

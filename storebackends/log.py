@@ -68,7 +68,7 @@ class Strategy(Protocol):
     def close(self, handle: int) -> None:
         """Let go of what open() gave. Takes no lock."""
 
-    def moving(self) -> AbstractContextManager[None]:
+    def moving(self) -> AbstractContextManager[object]:
         """Hold back all that follows the path, and keep nothing open that would forbid the rename."""
 
 

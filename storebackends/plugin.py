@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from . import trees
+from . import events, trees
 from .backend import (
     API,
     OLDEST_API,
@@ -74,6 +74,7 @@ __all__ = [
     "Support",
     "Usage",
     "check_id",
+    "events",
     "hookimpl",
     "hookspec",
     "tool",

@@ -129,6 +129,8 @@ class Sharing:
 
     def _follow_newest(self, running: Running, followed: list[Followed], signal: Signal) -> None:
         """Add the build under way to *followed*, if it is not the last there."""
+        if followed and followed[-1].log.path.exists():
+            return
         attempt = attempt_of(self._root, running.id)
         if attempt is None or (followed and followed[-1].attempt == attempt):
             return

@@ -27,6 +27,7 @@ PACE = 0.01
 """Seconds that changes may gather before a Signal that was just woken is woken again."""
 
 _CLOSE_WRITE, _MODIFY, _MOVE_SELF, _MASK_ADD, _IGNORED, _OVERFLOW = 0x8, 0x2, 0x800, 0x20000000, 0x8000, 0x4000
+_CLOEXEC = 0o2000000
 _EVENT = struct.Struct("iIII")
 
 
@@ -119,7 +120,7 @@ class _Watcher:
 
     def _open(self) -> int | None:
         if self._descriptor is None and not self._broken:
-            descriptor = _libc().inotify_init1(os.O_CLOEXEC)
+            descriptor = _libc().inotify_init1(_CLOEXEC)
             if descriptor < 0:
                 self._broken = True
                 reason = os.strerror(ctypes.get_errno())

@@ -267,14 +267,14 @@ class TestDigests:
 
     @needs("fork")
     def test_take_trees_that_are_hostile(self, tmp_path: Path) -> None:
-        assert sys.platform != "win32"
         deep = os.open(tmp_path, os.O_RDONLY)
         for _ in range(2000):
             os.mkdir("deep", dir_fd=deep)
             below = os.open("deep", os.O_RDONLY, dir_fd=deep)
             os.close(deep)
             deep = below
-        os.mkfifo("fifo", dir_fd=deep)
+        if sys.platform != "win32":
+            os.mkfifo("fifo", dir_fd=deep)
         os.close(os.open(b"\xff\n", os.O_CREAT, dir_fd=deep))
         before = digest(tmp_path)
 

@@ -20,6 +20,7 @@ from storebackends.entries import EntryBackend
 from storebackends.prune import Plan, Policy, bytes_of, seconds_of
 from tests.capabilities import needs
 from tests.stores import WAIT, kept, left_in_progress, open_copy, python, until, writes
+from tests.test_docs import blocks
 
 HOUR, DAY, MIB = 3600.0, 86400.0, 1 << 20
 
@@ -506,6 +507,15 @@ class TestBeforeABuild:
 
         assert "before a build: min_free 99%: 100 B are free" in caplog.text
         assert list(store.ids()) == ["new"]
+
+
+@pytest.mark.docs
+@needs("source")
+def test_the_how_to_works_as_it_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = blocks("docs/how-to/keep-the-disk-free.md", "python")
+    exec(example.replace("/tmp/room", str(tmp_path / "room")), {})
+
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["app-0", "app-1", "app-2", "app-3"]
 
 
 HOLDER = """if True:

@@ -16,6 +16,7 @@ from ..stores import open_copy, writes
 from .harness import Case, microseconds_each, scratch
 
 COUNT, ROUNDS = 1000, 10
+_RECORD = b"x" * 300
 
 
 def cases() -> Iterator[Case]:
@@ -28,7 +29,7 @@ def cases() -> Iterator[Case]:
             "trivial build",
             microseconds_each(COUNT, lambda: _build(store, ids)),
             microseconds_each(COUNT, lambda: _plain(folder / "plain", database, ids)),
-            "mkdir, create 2 files, rename, insert in a batch",
+            "mkdir, open 2 files and write a record, rename, insert in a batch",
             unit="µs",
             at_most=4,
             rounds=ROUNDS,
@@ -53,8 +54,8 @@ def _plain(folder: Path, database: sqlite3.Connection, ids: Iterator[str]) -> No
         id = next(ids)
         build, result = f"{folder}/in-progress/{id}", f"{folder}/result/{id}"
         os.mkdir(build)
-        for name in ("log", "build.json"):
-            os.close(os.open(f"{build}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        with open(f"{build}/log", "xb"), open(f"{build}/build.json", "xb") as record:
+            record.write(_RECORD)
         os.rename(build, result)
         rows.append((id, "attempt", None, 0.0, 0.0))
     with database:

@@ -33,7 +33,7 @@ def cases() -> Iterator[Case]:
             rounds=7,
         )
         config = folder / "config.toml"
-        config.write_text(f'default = "it"\n[stores.it]\nbackend = "copy"\npath = {json.dumps(str(root))}\n')
+        config.write_text(f'default = "it"\n[stores.it]\nbackend = "copy"\ndurability = "none"\npath = {json.dumps(str(root))}\n')
         environment = {**os.environ, "STOREBACKENDS_CONFIG": str(config)}
         yield Case(
             f"storebackends ls, of {RESULTS}: its first line",

@@ -1,0 +1,277 @@
+"""Disks that are full, fail or turn read-only, and clocks that jump: clear errors, nothing lost, and it goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import storebackends
+from storebackends import BuildFailed, NoSpace, Store, StoreError, Workspace
+from tests.capabilities import look, needs, probe, run
+from tests.stores import files, kept, left_in_progress, open_copy, writes
+
+SHIM = Path(__file__).with_name("faults") / "shim.c"
+YEAR = 365 * 86400
+SmallTmpfs = Callable[..., AbstractContextManager[Path]]
+
+
+@probe("cc", "apt-get install gcc libc6-dev")
+def _cc() -> None:
+    if sys.platform != "linux":
+        raise OSError("LD_PRELOAD is tried on Linux only")
+    run("cc", "--version")
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("shim") / "shim.so"
+    run("cc", "-shared", "-fPIC", "-O2", "-Wall", "-Werror", "-o", library, SHIM, "-ldl")
+    return library
+
+
+@pytest.fixture
+def area(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder in memory, if that can be had: thousands of syncs are no pleasure on a disk."""
+    if not look("tmpfs").usable:
+        yield tmp_path
+        return
+    with request.getfixturevalue("small_tmpfs")(size=64 << 20) as folder:
+        yield folder
+
+
+# Each system call fails once.
+
+KINDS = {
+    "copy": ("copy", {}),
+    "rsync-copy": ("rsync", {"mode": "copy"}),
+    "rsync-hardlink": ("rsync", {"mode": "hardlink"}),
+}
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=needs("rsync") if "rsync" in name else ()) for name in KINDS]
+)
+every_fault = pytest.mark.parametrize("fault", ["EIO", "EDQUOT", "ENOSPC"])
+
+
+def sweep(shim: Path, area: Path, kind: str, fault: str, first: int, step: int) -> None:
+    backend, options = KINDS[kind]
+    numbers = [str(number) for number in (getattr(errno, fault), first, step)]
+    command = [sys.executable, "-m", "tests.faults", str(area / "store"), backend, json.dumps(options), *numbers]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | {"LD_PRELOAD": str(shim)}
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs("cc", "proc")
+@every_fault
+@every_kind
+def test_a_system_call_that_fails_costs_a_clear_error_and_nothing_else(
+    shim: Path, area: Path, kind: str, fault: str, rng: random.Random
+) -> None:
+    first = rng.randint(1, 11)
+
+    sweep(shim, area, kind, fault, first, 11)
+
+
+@pytest.mark.soak
+@needs("cc", "proc")
+@every_fault
+@every_kind
+def test_every_system_call_that_fails_costs_a_clear_error_and_nothing_else(
+    shim: Path, area: Path, kind: str, fault: str
+) -> None:
+    sweep(shim, area, kind, fault, 1, 1)
+
+
+# Full disks.
+
+
+def _life(store: Store) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """All that takes space, in the order of a life."""
+
+    def failing(work: Workspace) -> None:
+        work.log.write(b"x" * 5000)
+        raise ValueError("meant to fail")
+
+    def borrow() -> None:
+        with store.cache("cache"):
+            pass
+
+    yield "reopen", lambda: open_copy(store.root).close()
+    yield "build", lambda: store.build("child", writes(f="1" * 9000), base="base").release()
+    yield "command", lambda: store.build("run", lambda work: work.run(["sh", "-c", "echo a; echo b > b"])).release()
+    yield "fail", lambda: store.build("failing", failing)
+    yield "borrow", borrow
+    yield "hit", lambda: kept(store, "base").release()
+
+
+def _fill_bytes(folder: Path, left: int) -> None:
+    with (folder / "filler").open("wb") as file, suppress(OSError):
+        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - left * 4096))
+
+
+def _fill_inodes(folder: Path, left: int) -> None:
+    with suppress(OSError):
+        for number in range(os.statvfs(folder).f_ffree - left):
+            (folder / f"filler-{number}").touch()
+
+
+@needs("tmpfs")
+@pytest.mark.parametrize(
+    ("options", "fill"),
+    [({"size": 4 << 20}, _fill_bytes), ({"nr_inodes": 400}, _fill_inodes)],
+    ids=["bytes", "inodes"],
+)
+def test_wherever_the_disk_gets_full_it_is_said_and_nothing_is_lost(
+    small_tmpfs: SmallTmpfs, options: dict[str, int], fill: Callable[[Path, int], None]
+) -> None:
+    with small_tmpfs(**options) as folder, open_copy(folder / "store") as store:
+        store.build("base", writes(f="0")).release()
+        store.build("warm", lambda work: work.run(["true"])).release()
+        refused = set()
+
+        for left in range(0, 60, 3):  # pages or inodes
+            fill(folder, left)
+            for phase, act in _life(store):
+                try:
+                    act()
+                except StoreError as error:
+                    refused.add(phase)
+                    assert isinstance(error, NoSpace | BuildFailed), f"{phase} with {left} left"
+                    assert phase == "fail" or "space" in str(error).lower(), f"{phase} with {left} left"
+            for id in list(store.ids()):
+                assert files(kept(store, id).path), f"{id} has lost something with {left} left"
+            for filler in folder.glob("filler*"):
+                filler.unlink()
+            store.build("child", writes(f="1" * 9000), base="base").release()
+            for id in ("child", "run"):
+                store.delete(id)
+            assert left_in_progress(store.root) == [], f"{left} left"
+
+        assert {"build", "command", "fail"} <= refused
+
+
+@needs("tmpfs")
+def test_on_a_full_disk_results_can_be_read_deleted_and_pruned(small_tmpfs: SmallTmpfs) -> None:
+    with small_tmpfs(size=4 << 20) as folder, open_copy(folder / "store") as store:
+        for id in ("a", "b", "c"):
+            store.build(id, writes(f="1" * 100_000)).release()
+        _fill_bytes(folder, 0)
+        with pytest.raises((NoSpace, BuildFailed)):
+            store.build("d", writes(f="1" * 100_000))
+
+        with kept(store, "c") as result:
+            assert len(files(result.path)["f"]) == 100_000
+        store.delete("a")
+        plan = store.prune(max_items=1)
+
+        assert [step.id for step in plan.steps] == ["b"]
+        store.build("d", writes(f="1" * 100_000)).release()
+        assert sorted(store.ids()) == ["c", "d"]
+
+
+# Read-only disks.
+
+
+@contextmanager
+def _remounted(folder: Path) -> Iterator[None]:
+    """Read-only for whoever opens something; what is open for writing would forbid more."""
+    run("mount", "-o", "remount,bind,ro", folder)
+    try:
+        yield
+    finally:
+        run("mount", "-o", "remount,bind,rw", folder)
+
+
+@needs("tmpfs")
+def test_a_disk_that_turns_read_only_refuses_changes_and_keeps_what_is_there(small_tmpfs: SmallTmpfs) -> None:
+    with small_tmpfs() as folder, open_copy(folder / "store") as store:
+        store.build("a", writes(f="1")).release()
+        store.build("deleted", writes(f="1")).release()
+        held = kept(store, "a")
+
+        with _remounted(folder):
+            refused: dict[str, Callable[[], Any]] = {
+                "build": lambda: store.build("b", writes(f="2")),
+                "build on": lambda: store.build("b", writes(f="2"), base="a"),
+                "delete": lambda: store.delete("deleted"),
+                "cache": lambda: store.cache("cache").__enter__(),
+                "open": lambda: open_copy(folder / "store"),
+            }
+            for what, act in refused.items():
+                with pytest.raises(StoreError, match="Read-only file system"):
+                    pytest.fail(f"{what}: {act()!r}")
+            assert (files(held.path), held.record.outcome) == ({"f": "1"}, "built")
+            assert kept(store, "a").path == held.path  # leased already, so nothing has to be opened for it
+            assert store.prune(max_items=1).steps == ()
+
+        held.release()
+        assert sorted(store.ids()) == ["a", "deleted"]
+        store.delete("deleted")
+        with store.build("b", writes(f="2"), base="a") as result:
+            assert files(result.path) == {"f": "2"}
+        assert left_in_progress(store.root) == []
+
+
+# Clocks.
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the clock jump; kernels keep the times of files, which are not in this test's hands."""
+    real, offset = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+
+    def jump(seconds: float) -> None:
+        offset[0] += seconds
+
+    return jump
+
+
+@pytest.mark.parametrize("years", [-10, 10])
+def test_a_clock_that_jumps_changes_what_goes_first_and_nothing_else(
+    tmp_path: Path, clock: Callable[[float], None], years: int
+) -> None:
+    with open_copy(tmp_path / "store") as store:
+        store.build("before", writes(f="1")).release()
+        store.build("used", writes(f="1"), base="before").release()
+
+        clock(years * YEAR)
+        store.build("after", writes(f="2"), base="before").release()
+        with kept(store, "used"):
+            plan = store.prune(max_items=0, keep_for="7d")
+
+            # What was used in the future counts as used now.
+            assert set(store.ids()) >= {"before", "used", "after"} and plan.steps == ()
+            assert all(kept.reason for kept in plan.kept)
+        clock(years * YEAR)
+        store.prune(max_items=0)
+        assert list(store.ids()) == []
+
+
+def test_failures_are_kept_and_found_though_the_clock_jumps(tmp_path: Path, clock: Callable[[float], None]) -> None:
+    def failing(work: Workspace) -> None:
+        work.log.write(f"at {time.time():.0f}".encode())
+        raise ValueError(work.id)
+
+    with storebackends.open_store(backend="copy", path=tmp_path / "store", durability="none") as store:
+        for years in (0, 5, -10):
+            clock(years * YEAR)
+            with pytest.raises(BuildFailed):
+                store.build("a", failing)
+
+            with store.log("a").tail() as reader:
+                assert b"".join(reader) == f"at {time.time():.0f}".encode()
