@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import secrets
+import stat
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -100,7 +101,11 @@ class EntryBackend(Backend):
     def result(self, id: str) -> Entry | None:
         """See Backend.result."""
         folder = f"{self._results}{id}"  # a Path costs more than the stat
-        return _entry(id, folder) if os.path.isdir(folder) else None
+        try:
+            found = os.stat(folder)
+        except (OSError, ValueError):
+            return None
+        return _entry(id, folder) if stat.S_ISDIR(found.st_mode) else None
 
     def discard(self, id: str, attempt: str) -> None:
         """See Backend.discard."""

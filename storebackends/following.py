@@ -36,7 +36,8 @@ class Followed:
             except OSError:
                 pass
             for folder in (self._root / "result" / self.id, self._root / "failed" / f"{self.id}~{self.attempt}"):
-                if record := self._final(folder):
+                # The log comes to failed/ just after the record.
+                if (record := self._final(folder)) and (folder / "log").exists():
                     self._settle(record, folder / "log")
         return self.outcome
 

@@ -93,7 +93,7 @@ class Check:
         self._backend, self._index, self._locks, self._failures = backend, index, locks, failures
         self._durability, self._unused = durability, unused
         self._root, self._results = backend.root, backend.root / "result"
-        self._bases: dict[str, str | None] = {}
+        self._built_on: dict[str, list[str]] = {}
         self._indexed: dict[str, tuple[str, str | None]] = {}
         self._content: set[str] = set()  # the ids to be compared
         self._without_digest = 0
@@ -181,7 +181,8 @@ class Check:
         chosen, self._content = self._content, set()
         for id in ids:  # first of all, since quarantine takes the descendants too
             if record := self._record(id):
-                self._bases[id] = record.base
+                if record.base is not None:
+                    self._built_on.setdefault(record.base, []).append(id)
                 if id in chosen:
                     self._content |= {id} if record.digest else set()
                     self._without_digest += not record.digest
@@ -268,7 +269,7 @@ class Check:
         order, stack = list[str](), [id]
         while stack:
             order.append(stack.pop())
-            stack += [child for child, base in self._bases.items() if base == order[-1]]
+            stack += self._built_on.get(order[-1], ())
         return order
 
     # What is not ours to repair.

@@ -93,7 +93,7 @@ class _Gate:
         self._mutex.acquire()
         self._inside = True
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, __: object, ___: object) -> None:
         try:
             self._inside = False
             if self.released:

@@ -216,18 +216,18 @@ class Pruning:
         heapify(self._leaves)
         self._used = 0
         if self._policy.max_used is not None:
-            self._measure()
+            self._measure_all()
             self._used = sum(row.size.bytes for row in self._rows.values() if row.size)
         self._usage = self._backend.usage()
         self._pending, self._count, self._stuck = 0, 0, False  # bytes and deletions since the space was looked at last
         self._mark = self._margin()
 
-    def _measure(self) -> None:
+    def _measure_all(self) -> None:
         sizes = []
         for row in self._rows.values():
             try:
                 if row.size is None:
-                    sizes.append((row.id, row.attempt, self._backend.size(row.id)))
+                    sizes.append((row.id, row.attempt, self._measure(row.id)))
             except NotFound:
                 continue  # deleted meanwhile
         self._index.measured(sizes)
@@ -284,9 +284,6 @@ class Pruning:
             self._forget(row)  # another process was faster
         except _Stays as error:
             self._refused[row.id] = str(error)
-        except (StoreError, OSError) as error:
-            log.warning("%s could not be deleted: %s", row.id, error)
-            self._refused[row.id] = f"could not be deleted: {error}"
         else:
             self._steps.append(Step(row.id, row.used, size, f"used {_time(self._now - row.used)} ago; {need}"))
             self._forget(row)
@@ -297,9 +294,18 @@ class Pruning:
         count, total = self._sample
         if count >= SAMPLE and not self._dry_run:
             return Size(total // count, exact=False)
-        size = self._backend.size(id)
+        size = self._measure(id)
         self._sample = count + 1, total + size.bytes
         return size
+
+    def _measure(self, id: str) -> Size:
+        try:
+            return self._backend.size(id)
+        except NotFound:
+            raise
+        except (StoreError, OSError) as error:
+            log.warning("%s could not be measured: %s", id, error)
+            return Size(0, exact=False)
 
     def _delete(self, row: Row) -> None:
         # The plan is old by now: asked again under the locks, which nobody who builds on it or uses it can pass.
@@ -308,7 +314,13 @@ class Pruning:
             raise _Stays("used a moment ago")
         if is_base and (children := self._children(row.id)):
             raise _Stays(f"base of {children[0]}, built a moment ago")
-        self._backend.delete(row.id)
+        try:
+            self._backend.delete(row.id)
+        except (StoreError, OSError) as error:
+            log.warning("%s could not be deleted: %s", row.id, error)
+            if self._backend.result(row.id) is None:
+                raise NotFound(row.id) from error  # it is hidden at least: the next open tries again to reclaim it
+            raise _Stays(f"could not be deleted: {error}") from error
 
     def _forget(self, row: Row) -> None:
         del self._rows[row.id]

@@ -40,7 +40,8 @@ class Record:
         """Write the record to *path*, whole or not at all. Raises OSError."""
         path = os.fspath(path)
         part = f"{path}.part"
-        content = json.dumps({"format": 1, **{name: getattr(self, name) for name in _NAMES}}).encode()
+        known = {name: value for name in _NAMES if (value := getattr(self, name)) not in (None, ())}
+        content = json.dumps({"format": 1, **known}).encode()
         descriptor = os.open(part, _FLAGS, 0o666)  # open() takes twice as long, and this is done twice for each build
         try:
             while content:
@@ -59,6 +60,7 @@ class Record:
         """Make a record of the bytes that *path* held; keys that a later version added are passed over."""
         try:
             content: dict[str, Any] = json.loads(data)
+            content["waits_for"] = tuple(content.get("waits_for", ()))
             record = cls(**{key: value for key, value in content.items() if key in _NAMES})
         except (ValueError, TypeError, AttributeError) as error:
             raise StoreError(

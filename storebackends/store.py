@@ -83,7 +83,7 @@ class Store:
         self._sharing = Sharing(root, backend, locks, failures, self._builds)
         self._shown: weakref.WeakSet[Result] = weakref.WeakSet()  # their views end with the store, as all leases do
         self._closed = threading.Event()
-        self._pid = os.getpid()
+        self._forked = False
         _open_stores.add(self)
 
     # What callers use.
@@ -289,7 +289,7 @@ class Store:
 
     def close(self) -> None:
         """End the builds under way, release every Result, bring what was published to the disk. Idempotent."""
-        if self._closed.is_set() or self._pid != os.getpid():
+        if self._closed.is_set() or self._forked:
             return
         for running in self._builds.close():
             running.wait(None)
@@ -555,7 +555,7 @@ class Store:
         return entry
 
     def _check_open(self) -> None:
-        if self._pid != os.getpid():
+        if self._forked:
             raise StoreError("this store was opened before a fork; open it again in the child")
         if self._closed.is_set():
             raise StoreError(f"the store {self._root} is closed; open it again")
@@ -569,6 +569,7 @@ class Store:
                 hand_over()
 
     def _abandon(self) -> None:
+        self._forked = True
         self._events.abandon()
         self._durability.abandon()
 

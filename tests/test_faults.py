@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.stores import files, kept, left_in_progress, open_copy, writes
 
 SHIM = Path(__file__).with_name("faults") / "shim.c"
 YEAR = 365 * 86400
-SmallTmpfs = Callable[..., AbstractContextManager[Path]]
+Mounted = Callable[..., AbstractContextManager[Path]]
 
 
 @probe("cc", "apt-get install gcc libc6-dev")
@@ -61,7 +61,6 @@ KINDS = {
 every_kind = pytest.mark.parametrize(
     "kind", [pytest.param(name, marks=needs("rsync") if "rsync" in name else ()) for name in KINDS]
 )
-every_fault = pytest.mark.parametrize("fault", ["EIO", "EDQUOT", "ENOSPC"])
 
 
 def sweep(shim: Path, area: Path, kind: str, fault: str, first: int, step: int) -> None:
@@ -76,19 +75,17 @@ def sweep(shim: Path, area: Path, kind: str, fault: str, first: int, step: int) 
 
 
 @needs("cc", "proc")
-@every_fault
-@every_kind
+@pytest.mark.parametrize("fault", ["EIO", "EDQUOT"])
 def test_a_system_call_that_fails_costs_a_clear_error_and_nothing_else(
-    shim: Path, area: Path, kind: str, fault: str, rng: random.Random
+    shim: Path, area: Path, fault: str, rng: random.Random
 ) -> None:
-    first = rng.randint(1, 11)
-
-    sweep(shim, area, kind, fault, first, 11)
+    sweep(shim, area, "copy", fault, rng.randint(1, 7), 7)
 
 
 @pytest.mark.soak
 @needs("cc", "proc")
-@every_fault
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("fault", ["EIO", "EDQUOT", "ENOSPC"])
 @every_kind
 def test_every_system_call_that_fails_costs_a_clear_error_and_nothing_else(
     shim: Path, area: Path, kind: str, fault: str
@@ -118,6 +115,14 @@ def _life(store: Store) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "hit", lambda: kept(store, "base").release()
 
 
+def _refusal(act: Callable[[], Any]) -> StoreError | None:
+    try:
+        act()
+    except StoreError as error:
+        return error
+    return None
+
+
 def _fill_bytes(folder: Path, left: int) -> None:
     with (folder / "filler").open("wb") as file, suppress(OSError):
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(folder).free - left * 4096))
@@ -136,22 +141,21 @@ def _fill_inodes(folder: Path, left: int) -> None:
     ids=["bytes", "inodes"],
 )
 def test_wherever_the_disk_gets_full_it_is_said_and_nothing_is_lost(
-    small_tmpfs: SmallTmpfs, options: dict[str, int], fill: Callable[[Path, int], None]
+    small_tmpfs: Mounted, options: dict[str, int], fill: Callable[[Path, int], None]
 ) -> None:
     with small_tmpfs(**options) as folder, open_copy(folder / "store") as store:
         store.build("base", writes(f="0")).release()
-        store.build("warm", lambda work: work.run(["true"])).release()
+        store.build("warm", lambda work: work.run(["cp", "/dev/null", "f"])).release()
         refused = set()
 
         for left in range(0, 60, 3):  # pages or inodes
             fill(folder, left)
             for phase, act in _life(store):
-                try:
-                    act()
-                except StoreError as error:
+                if error := _refusal(act):
                     refused.add(phase)
                     assert isinstance(error, NoSpace | BuildFailed), f"{phase} with {left} left"
-                    assert phase == "fail" or "space" in str(error).lower(), f"{phase} with {left} left"
+                    # A failed command says itself what was wrong, in the log.
+                    assert phase in ("fail", "command") or "space" in str(error).lower(), f"{phase} with {left} left"
             for id in list(store.ids()):
                 assert files(kept(store, id).path), f"{id} has lost something with {left} left"
             for filler in folder.glob("filler*"):
@@ -165,7 +169,7 @@ def test_wherever_the_disk_gets_full_it_is_said_and_nothing_is_lost(
 
 
 @needs("tmpfs")
-def test_on_a_full_disk_results_can_be_read_deleted_and_pruned(small_tmpfs: SmallTmpfs) -> None:
+def test_on_a_full_disk_results_can_be_read_deleted_and_pruned(small_tmpfs: Mounted) -> None:
     with small_tmpfs(size=4 << 20) as folder, open_copy(folder / "store") as store:
         for id in ("a", "b", "c"):
             store.build(id, writes(f="1" * 100_000)).release()
@@ -186,44 +190,36 @@ def test_on_a_full_disk_results_can_be_read_deleted_and_pruned(small_tmpfs: Smal
 # Read-only disks.
 
 
-@contextmanager
-def _remounted(folder: Path) -> Iterator[None]:
-    """Read-only for whoever opens something; what is open for writing would forbid more."""
-    run("mount", "-o", "remount,bind,ro", folder)
-    try:
-        yield
-    finally:
-        run("mount", "-o", "remount,bind,rw", folder)
+@needs("ext4")
+def test_a_disk_that_turns_read_only_refuses_changes_and_keeps_what_is_there(loop_fs: Mounted) -> None:
+    with loop_fs("ext4", size=64 << 20) as folder:
+        with open_copy(folder / "store") as store:
+            store.build("a", writes(f="1")).release()
+            store.build("b", writes(f="1"), base="a").release()
+            held = kept(store, "a")
+            run("sync", "-f", folder)
 
+            run("mount", "-o", "remount,abort", folder)  # what a kernel does that finds an error
 
-@needs("tmpfs")
-def test_a_disk_that_turns_read_only_refuses_changes_and_keeps_what_is_there(small_tmpfs: SmallTmpfs) -> None:
-    with small_tmpfs() as folder, open_copy(folder / "store") as store:
-        store.build("a", writes(f="1")).release()
-        store.build("deleted", writes(f="1")).release()
-        held = kept(store, "a")
-
-        with _remounted(folder):
             refused: dict[str, Callable[[], Any]] = {
-                "build": lambda: store.build("b", writes(f="2")),
-                "build on": lambda: store.build("b", writes(f="2"), base="a"),
-                "delete": lambda: store.delete("deleted"),
+                "build": lambda: store.build("c", writes(f="2")),
+                "build on": lambda: store.build("c", writes(f="2"), base="a"),
+                "delete": lambda: store.delete("b"),
                 "cache": lambda: store.cache("cache").__enter__(),
                 "open": lambda: open_copy(folder / "store"),
             }
             for what, act in refused.items():
-                with pytest.raises(StoreError, match="Read-only file system"):
+                with pytest.raises(StoreError, match=r"(?i)read-only"):
                     pytest.fail(f"{what}: {act()!r}")
             assert (files(held.path), held.record.outcome) == ({"f": "1"}, "built")
-            assert kept(store, "a").path == held.path  # leased already, so nothing has to be opened for it
-            assert store.prune(max_items=1).steps == ()
+            assert files(kept(store, "a").path) == {"f": "1"}
+            assert sorted(store.ids()) == ["a", "b"]
 
-        held.release()
-        assert sorted(store.ids()) == ["a", "deleted"]
-        store.delete("deleted")
-        with store.build("b", writes(f="2"), base="a") as result:
-            assert files(result.path) == {"f": "2"}
-        assert left_in_progress(store.root) == []
+        run("umount", folder)
+        run("mount", "-o", "loop", folder.parent / "image", folder)
+        with open_copy(folder / "store") as store, store.build("c", writes(g="2"), base="b") as result:
+            assert files(result.path) == {"f": "1", "g": "2"}
+            assert left_in_progress(store.root) == []
 
 
 # Clocks.
@@ -255,7 +251,8 @@ def test_a_clock_that_jumps_changes_what_goes_first_and_nothing_else(
             plan = store.prune(max_items=0, keep_for="7d")
 
             # What was used in the future counts as used now.
-            assert set(store.ids()) >= {"before", "used", "after"} and plan.steps == ()
+            assert set(store.ids()) == {"before", "used", "after"}
+            assert plan.steps == ()
             assert all(kept.reason for kept in plan.kept)
         clock(years * YEAR)
         store.prune(max_items=0)

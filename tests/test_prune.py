@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -292,6 +293,62 @@ class TestStays:
         assert why_kept(plan) == {"a": "could not be deleted: the disk says no"}
         assert "the disk says no" in caplog.text
 
+    def test_nothing_that_was_hidden_but_could_not_be_reclaimed(
+        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+
+        def refuse(backend: EntryBackend, folder: Path) -> None:
+            raise StoreError("something is mounted there")
+
+        monkeypatch.setattr(EntryBackend, "remove", refuse)
+        plan = store.prune(all=True)
+
+        assert (plan.steps, plan.kept) == ((), ())
+        assert not [*store.ids(), *store._index.rows()]
+        assert "something is mounted there" in caplog.text
+
+    def test_what_cannot_be_measured_goes_all_the_same(
+        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+
+        def fail(backend: EntryBackend, id: str) -> Size:
+            raise StoreError("the disk says no")
+
+        monkeypatch.setattr(EntryBackend, "size", fail)
+
+        assert gone(store.prune(max_used=0)) == []
+        assert gone(store.prune(max_items=1)) == ["a"]
+
+    def test_of_many_the_size_of_the_last_is_an_estimate(
+        self, store: Store, shelf: Shelf, disk: Disk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("storebackends.prune.SAMPLE", 2)
+        shelf(a=(None, 4 * DAY), b=(None, 3 * DAY), c=(None, 2 * DAY))
+        disk(bytes=100)
+
+        planned, done = store.prune(all=True, dry_run=True), store.prune(all=True)
+
+        assert [step.frees for step in planned.steps] == [Size(100, exact=True)] * 3
+        assert [step.frees for step in done.steps] == [Size(100, exact=True)] * 2 + [Size(100, exact=False)]
+
+    def test_all_from_a_store_that_is_closed_meanwhile(
+        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+        delete = EntryBackend.delete
+
+        def close_after(backend: EntryBackend, id: str) -> None:
+            delete(backend, id)
+            store._locks.close()
+
+        monkeypatch.setattr(EntryBackend, "delete", close_after)
+        with pytest.raises(StoreError, match="closed"):
+            store.prune(all=True)
+
+        assert sorted(store.ids()) == ["b"]
+
     def test_what_has_no_readable_record(self, store: Store, shelf: Shelf) -> None:
         shelf(a=(None, DAY))
         (store.root / "result" / "broken").mkdir()
@@ -414,7 +471,8 @@ def make_room_in(folder: Path, size: int) -> None:
         for n in range(12):
             store.build(f"r{n:02}", lambda work: _fill(work.path / "f", size)).release()
             age(store, f"r{n:02}", DAY - n)
-        os.sync()
+        if sys.platform != "win32":
+            os.sync()
         goal = store.usage().free + 9 * size // 2
 
         plan = store.prune(min_free=goal)

@@ -14,6 +14,7 @@ import pytest
 
 from storebackends.backend import Backend, Capability
 from storebackends.store import Store
+from storebackends.trees import remove
 
 from . import trees
 from .harness import Harness, contents, fill, filled, needs, publish, require
@@ -208,7 +209,4 @@ def _make_way(path: Path) -> None:
 
 def _empty(tree: Path) -> None:
     for path in list(tree.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)  # closed folders too

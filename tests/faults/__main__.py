@@ -1,4 +1,6 @@
-"""Fails each system call of a store's life, one at a time: LD_PRELOAD=shim.so python -m tests.faults ROOT BACKEND OPTIONS ERRNO FIRST STEP
+"""Fails each system call of a store's life, one at a time, by the preloaded shim.c.
+
+    LD_PRELOAD=shim.so python -m tests.faults ROOT BACKEND OPTIONS ERRNO FIRST STEP
 
 For each phase: the first call that it makes below the store fails, then in another try only the second, and so on until
 the phase needs no more calls. Each time: what is raised is a StoreError that says why, what was there is whole, nothing

@@ -1,0 +1,177 @@
+"""What processes that share a store are to each other, cases 32, 33 and 35 to 38."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from storebackends.errors import BuilderDied, BuildFailed, Busy, NoSpace, NotFound
+from storebackends.log import BuildLog
+from storebackends.store import Store
+from storebackends.workspace import Workspace
+
+from .harness import PATIENCE, Harness, contents, fill, require, write
+
+LINE = b"0123456789abcdef"
+PROCESSES = 4
+
+
+class Processes(Harness):
+    """Cases 32, 33 and 35 to 38."""
+
+    def test_a_log_is_followed_from_another_process(self, root: Path, area: Path) -> None:
+        """Case 32: from its first byte, while it is written and after."""
+        self.open_store(root).close()
+        builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE * 1000))
+        _await(area / "begun")
+
+        with self.open_store(root) as store, store.log("id").tail() as reader:
+            first = next(reader)
+            (area / "go").touch()
+            rest = b"".join(reader)
+            builder.join()
+            with store.log("id").tail() as after:
+                assert first + rest == b"".join(after) == LINE * 1001
+            with store.log("id").tail(-5) as end:
+                assert b"".join(end) == LINE[-5:]
+
+    def test_a_reader_of_a_killed_writer_is_told_and_then_follows_the_next(self, root: Path, area: Path) -> None:
+        """Case 33."""
+        self.open_store(root).close()
+        builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE))
+        _await(area / "begun")
+
+        with self.open_store(root) as store, store.log("id").tail() as reader:
+            assert next(reader) == LINE
+            builder.kill()
+            with pytest.raises(BuilderDied):
+                next(reader)
+            with store.build("id", lambda work: work.log.write(b"again")), store.log("id").tail() as next_one:
+                assert b"".join(next_one) == b"again"
+
+    def test_a_reader_in_another_process_ends_with_a_failure_like_with_a_success(self, root: Path, area: Path) -> None:
+        """Case 33."""
+        self.open_store(root).close()
+        builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE, fails=True))
+        _await(area / "begun")
+
+        with self.open_store(root) as store:
+            build = store.start("id", fill(store, {}))
+            with build.log.tail() as reader:
+                (area / "go").touch()
+                assert b"".join(reader) == LINE * 2
+            with pytest.raises(BuildFailed, match="meant to fail"):
+                build.wait(PATIENCE)
+        assert "meant to fail" in builder.join()
+
+    def test_processes_that_ask_for_one_id_run_its_function_once(self, root: Path, area: Path) -> None:
+        """Case 35: all get the same result and the same log."""
+        self.open_store(root).close()
+        askers = [
+            self._elsewhere(area, f"asker-{n}", lambda: self._build(root, area, LINE)) for n in range(PROCESSES)
+        ]
+        _await(area / "begun")
+
+        (area / "go").touch()
+
+        said = [json.loads(asker.join()) for asker in askers]
+        assert (area / "runs").read_bytes() == b"x"
+        assert sorted(outcome for outcome, _, _ in said).count("built") == 1
+        assert len({(attempt, log) for _, attempt, log in said}) == 1
+        assert said[0][2].encode() == LINE * 2
+
+    def test_of_a_killed_builder_one_waiter_takes_over(self, root: Path, area: Path) -> None:
+        """Case 36: while its command runs, and a forked child of it lives on with all that it inherited."""
+        self.open_store(root).close()
+        builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE, forks=True))
+        _await(area / "begun")
+        waiters = [
+            self._elsewhere(area, f"waiter-{n}", lambda: self._build(root, area, LINE)) for n in range(PROCESSES)
+        ]
+        _await(area / "forked")
+
+        builder.kill()
+        _await_text(area / "runs", b"xx")
+        (area / "go").touch()
+        said = [json.loads(waiter.join()) for waiter in waiters]
+
+        assert (area / "runs").read_bytes() == b"xx"
+        assert [outcome for outcome, _, _ in said].count("built") == 1
+        assert len({attempt for _, attempt, _ in said}) == 1
+        with self.open_store(root) as store, store.use("id") as result:
+            assert contents(result.path) == {"file": b"whole"}
+        assert self.leftovers(root) == []
+
+    def test_deletions_beside_builds_take_nothing_that_is_in_use(self, root: Path, area: Path) -> None:
+        """Case 37: of a base that is being built on, and of a result that is held."""
+        with self.open_store(root) as store:
+            store.build("base", fill(store, {"base": b"base"})).release()
+            store.build("unused", fill(store, {})).release()
+        builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE, base="base"))
+        _await(area / "begun")
+
+        with self.open_store(root) as store:
+            for recursive in (False, True):
+                with pytest.raises(Busy):
+                    store.delete("base", recursive=recursive)
+            plan = store.prune(all=True)
+            assert [step.id for step in plan.steps] == ["unused"]
+            assert [kept.id for kept in plan.kept] == ["base"]
+            (area / "go").touch()
+            builder.join()
+            with store.use("id") as result:
+                assert contents(result.path) == {"base": b"base", "file": b"whole"}
+                assert store.prune(all=True).steps == ()
+            assert [step.id for step in store.prune(all=True).steps] == ["id", "base"]
+
+    def test_deletions_race_with_builds_and_lose_nothing(self, root: Path) -> None:
+        """Case 37."""
+        with self.open_store(root) as store, self.open_store(root) as other, ThreadPoolExecutor(1) as thread:
+            over = threading.Event()
+            pruner = thread.submit(_prune_until, other, over)
+            try:
+                for number in range(20):
+                    with store.build("base", fill(store, {"base": b"base"})):
+                        files = {str(number): b"new"}
+                        with store.build(f"id-{number}", fill(store, files), base="base") as result:
+                            assert contents(result.path) == {"base": b"base"} | files
+            finally:
+                over.set()
+            pruner.result(PATIENCE)
+
+            assert self.leftovers(root) == []
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["ENOSPC", "EDQUOT"])
+    def test_a_full_disk_fails_the_build_and_the_store_goes_on(self, store: Store, root: Path, code: int) -> None:
+        """Case 38: in the function, in its log and where the record is written."""
+        store.build("base", fill(store, {"base": b"base"})).release()
+        error = OSError(code, os.strerror(code))
+
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        for target in ("builds.Running.has_log", "log.BuildLog.write", "records.Record.save"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(f"storebackends.{target}", fail)
+                with pytest.raises((BuildFailed, NoSpace)):
+                    store.build("id", fill(store, {"file": b""}), base="base")
+
+            assert store.result("id") is None
+            assert self.leftovers(root) == []
+        with store.build("id", fill(store, {"file": b"whole"}), base="base") as result:
+            assert contents(result.path) == {"base": b"base", "file": b"whole"}
