@@ -39,7 +39,7 @@ class Capability(enum.StrEnum):
 
     HOST_TREE = "host_tree"  # the tree is a folder of this host, so a function can write to it
     READONLY = "readonly"  # a published tree refuses writes, even by root
-    DETACHED = "detached"  # editing a published tree in place (outside any build) cannot reach another result
+    DETACHED = "detached"  # a build may edit in place what it has of its base, and the base stays as it is
     OWNERS = "owners"
     MODES = "modes"
     NS_MTIME = "ns_mtime"

@@ -171,7 +171,10 @@ class EntryBackend(Backend):
         """Empty the trash. What cannot be removed stays there, is logged, and is tried again at the next open."""
         for name in os.listdir(self.trash):
             try:
-                self.remove(self.trash / name)
+                if "~" in name:
+                    self.remove(self.trash / name)
+                else:  # of an open() that was killed, or is under way: that finds it gone whole, or untouched
+                    self._hide_and_remove(self.trash / name)
             except (OSError, StoreError) as error:
                 log.warning("%s stays in the trash: %s", self.trash / name, error)
 

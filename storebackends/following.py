@@ -36,14 +36,13 @@ class Followed:
             except OSError:
                 pass
             for folder in (self._root / "result" / self.id, self._root / "failed" / f"{self.id}~{self.attempt}"):
-                # The log comes to failed/ just after the record.
-                if (record := self._final(folder)) and (folder / "log").exists():
+                if record := self._final(folder):
                     self._settle(record, folder / "log")
         return self.outcome
 
     def abandon(self, error: StoreError) -> None:
-        """Nobody will look any more: without an outcome by now, followers of the log end with *error*."""
-        if self.look() is None:
+        """Nobody will look any more: without an outcome by now, followers of the log end with the first *error* given."""
+        if self.look() is None and self.log.state == "open":
             self.log.settled(self.log.length, self.log.path, error)
 
     def failure(self) -> StoreError | None:

@@ -14,10 +14,10 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from .backend import Capability, Usage
 from .errors import NoSpace, StoreError
@@ -28,6 +28,8 @@ else:
     from . import _trees_posix as _native
 
 Reflink = Literal["auto", "always", "never"]
+T = TypeVar("T")
+_TRIES = 100
 
 
 def copy(source: Path, dest: Path, *, reflink: Reflink = "auto") -> None:
@@ -104,28 +106,50 @@ def create(path: Path) -> None:
 
 def capabilities(folder: Path) -> frozenset[Capability]:
     """What copy() keeps on the file system of *folder* for this user: tried there, in a temporary folder."""
-    found = {Capability.HOST_TREE, Capability.DETACHED}
-    with _explained("try out", folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+    def trials(scratch: str) -> frozenset[Capability]:
+        found = {Capability.HOST_TREE, Capability.DETACHED}
         for capability, trial in _native.TRIALS.items():
             file = os.path.join(scratch, capability)
             with suppress(OSError), open(file, "xb"):
                 if trial(file) is not False:
                     found.add(capability)
-    return frozenset(found)
+        return frozenset(found)
+
+    return _tried_out(folder, trials)
 
 
 def check_reflink(folder: Path) -> None:
     """Raise NotSupported where two files in *folder* cannot share blocks; tried there, in a temporary folder."""
-    with _explained("try out", folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+
+    def trial(scratch: str) -> None:
         source = Path(scratch, "source")
         source.mkdir()
         Path(source, "file").write_bytes(b"x")
         copy(source, Path(scratch, "copy"), reflink="always")
 
+    _tried_out(folder, trial)
+
 
 def usage(path: Path) -> Usage:
     """Space on the file system of *path*; free is what an unprivileged user may still take."""
     return _native.usage(path)
+
+
+def _tried_out(folder: Path, trial: Callable[[str], T]) -> T:
+    """What *trial* says of a temporary folder in *folder*; asked again if another process swept that away meanwhile."""
+    with _explained("try out", folder):
+        for _ in range(_TRIES):
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                try:
+                    found = trial(scratch)
+                except (OSError, StoreError):
+                    if os.path.isdir(scratch):
+                        raise
+                else:
+                    if os.path.isdir(scratch):
+                        return found
+    raise StoreError(f"cannot try out {folder}: what is made there vanishes; is something else cleaning this folder?")
 
 
 def _inside(relative: str) -> list[str]:

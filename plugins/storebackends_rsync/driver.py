@@ -7,6 +7,8 @@ rsync makes new files only, links are made, and removal changes the mode of fold
 from __future__ import annotations
 
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from storebackends.plugin import Capability, CommandFailed, Entry, EntryBackend, NoSpace, NotSupported, tool, trees
@@ -31,7 +33,7 @@ class RsyncBackend(EntryBackend):
             raise NotSupported("an rsync store", support.reason, support.fix)
         super().open()
         self.capabilities = trees.capabilities(self.trash)
-        if self.options.mode != "copy":
+        if self.options.mode == "hardlink_unsafe":
             self.capabilities -= {Capability.DETACHED}
 
     def clone(self, source: Entry | None, entry: Entry) -> None:
@@ -59,6 +61,8 @@ class RsyncBackend(EntryBackend):
             trees.remove(leftover)
         # By content too: a build may have written other bytes of the same length and set the old time.
         _rsync(tree, linked, "--checksum", link_to=self.tree(source))
+        if joined := list(_joined(tree, linked)):
+            _rsync(tree, linked, "--ignore-times", "--from0", "--files-from=-", input=b"\0".join([b".", *joined]))
         os.rename(tree, spent)
         try:
             os.rename(linked, tree)
@@ -68,13 +72,28 @@ class RsyncBackend(EntryBackend):
         trees.remove(spent)
 
 
-def _rsync(source: Path, dest: Path, *options: str, link_to: Path | None = None) -> None:
+def _joined(tree: Path, linked: Path) -> Iterator[bytes]:
+    """The files that are one in *linked* but several in *tree*, since they equal one that the base has by two names."""
+    names: dict[int, list[bytes]] = defaultdict(list)
+    top = os.fsencode(linked)
+    for folder, _, files, descriptor in os.fwalk(top, follow_symlinks=False):
+        for name in files:
+            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if status.st_nlink > 1:
+                names[status.st_ino].append(os.path.relpath(os.path.join(folder, name), top))
+    for same in names.values():
+        if len(same) > 1 and len({os.lstat(os.path.join(os.fsencode(tree), name)).st_ino for name in same}) > 1:
+            yield from same
+
+
+def _rsync(source: Path, dest: Path, *options: str, link_to: Path | None = None, input: bytes | None = None) -> None:
     links = [f"--link-dest={os.path.abspath(link_to)}"] if link_to else []
     try:
         # Absolute, since rsync takes what comes before a colon for a host; with a slash, since it means the contents.
         tool(
             [*_RSYNC, *options, *links, "--", f"{os.path.abspath(source)}/", f"{os.path.abspath(dest)}/"],
             timeout=_TIMEOUT,
+            input=input,
         )
     except CommandFailed as error:
         if "(28)" in error.stderr or "(122)" in error.stderr:  # ENOSPC and EDQUOT, as rsync prints them

@@ -15,7 +15,7 @@ import pytest
 KIT = 1
 """The version of the kit. A higher one has cases that a backend which passed the last one may fail."""
 
-for _module in ("caches", "fidelity", "harness", "kills", "life", "logs", "machine", "roots", "trees"):
+for _module in ("caches", "fidelity", "harness", "kills", "life", "logs", "machine", "processes", "roots", "trees"):
     pytest.register_assert_rewrite(f"{__name__}.{_module}")
 
 from .caches import Caches  # noqa: E402 (asserts are rewritten on import, so only after the above)
@@ -23,10 +23,11 @@ from .fidelity import Fidelity  # noqa: E402
 from .harness import Harness, needs  # noqa: E402
 from .life import Life  # noqa: E402
 from .logs import Logs  # noqa: E402
+from .processes import Processes  # noqa: E402
 from .roots import Roots  # noqa: E402
 
-__all__ = ["KIT", "BackendConformance", "Caches", "Fidelity", "Harness", "Life", "Logs", "Roots", "needs"]
+__all__ = ["KIT", "BackendConformance", "Caches", "Fidelity", "Harness", "Life", "Logs", "Processes", "Roots", "needs"]
 
 
-class BackendConformance(Life, Fidelity, Logs, Caches, Roots):
+class BackendConformance(Life, Fidelity, Logs, Caches, Processes, Roots):
     """Every case. Derive a class named Test…, and give it `name`; see Harness for what else can be set."""

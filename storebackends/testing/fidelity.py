@@ -45,6 +45,25 @@ class Fidelity(Harness):
         """Case 16."""
         self._carry(backend, root, trees.huge)
 
+    @needs(Capability.HARDLINKS)
+    def test_hard_links_that_a_build_breaks_or_makes_are_published_as_they_are(self, backend: Backend) -> None:
+        """Case 16: also where nothing but the links differs from the base."""
+        base = backend.tree(filled(backend, "base", {"linked": b"1", "single": b"2"}))
+        os.link(base / "linked", base / "to break")
+        shutil.copy2(base / "single", base / "to link")
+        backend.rename("base")
+        tree = backend.tree(filled(backend, "child", {}, base="base"))
+
+        (tree / "to break").unlink()
+        shutil.copy2(tree / "linked", tree / "to break")
+        (tree / "to link").unlink()
+        os.link(tree / "single", tree / "to link")
+
+        made = snapshot(tree, backend.capabilities)
+        backend.rename("child")
+        with backend.view("child") as tree:
+            assert snapshot(tree, backend.capabilities) == made
+
     def test_a_socket_in_a_tree_is_no_obstacle(self, backend: Backend, root: Path) -> None:
         """Case 16: whether the clone has it is the backend's to say."""
         require(sys.platform == "linux", "mknod() of a socket")

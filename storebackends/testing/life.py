@@ -202,7 +202,7 @@ class Life(Harness):
         assert result(backend, "id") == OLD | NEW
         assert result(backend, "base") == OLD
 
-    def test_a_result_is_never_replaced(self, backend: Backend, root: Path) -> None:
+    def test_a_result_is_never_replaced(self, backend: Backend) -> None:
         """Case 6."""
         publish(backend, "id", OLD)
         filled(backend, "id", NEW)

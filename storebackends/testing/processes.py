@@ -5,22 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from storebackends.errors import BuilderDied, BuildFailed, Busy, NoSpace, NotFound
+from storebackends.errors import BuilderDied, BuildFailed, Busy, NoSpace
 from storebackends.log import BuildLog
 from storebackends.store import Store
 from storebackends.workspace import Workspace
@@ -82,9 +79,7 @@ class Processes(Harness):
     def test_processes_that_ask_for_one_id_run_its_function_once(self, root: Path, area: Path) -> None:
         """Case 35: all get the same result and the same log."""
         self.open_store(root).close()
-        askers = [
-            self._elsewhere(area, f"asker-{n}", lambda: self._build(root, area, LINE)) for n in range(PROCESSES)
-        ]
+        askers = [self._elsewhere(area, f"asker-{n}", lambda: self._build(root, area, LINE)) for n in range(PROCESSES)]
         _await(area / "begun")
 
         (area / "go").touch()
@@ -158,20 +153,140 @@ class Processes(Harness):
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=["ENOSPC", "EDQUOT"])
     def test_a_full_disk_fails_the_build_and_the_store_goes_on(self, store: Store, root: Path, code: int) -> None:
-        """Case 38: in the function, in its log and where the record is written."""
+        """Case 38: in the function or its log, or when a tree is half made or half sealed."""
         store.build("base", fill(store, {"base": b"base"})).release()
-        error = OSError(code, os.strerror(code))
+        backend = store._backend
+        phases = [
+            (BuildLog, "write"),
+            *((backend, verb) for verb in ("clone", "seal", "rename") if hasattr(backend, verb)),
+        ]
 
-        def fail(*_: object, **__: object) -> None:
-            raise error
-
-        for target in ("builds.Running.has_log", "log.BuildLog.write", "records.Record.save"):
+        for owner, verb in phases:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(f"storebackends.{target}", fail)
-                with pytest.raises((BuildFailed, NoSpace)):
+                patch.setattr(
+                    owner, verb, _full_after(getattr(owner, verb) if verb in ("clone", "seal") else None, code)
+                )
+                with pytest.raises((BuildFailed, NoSpace), match=os.strerror(code)):
                     store.build("id", fill(store, {"file": b""}), base="base")
 
-            assert store.result("id") is None
-            assert self.leftovers(root) == []
+            assert store.result("id") is None, verb
+            assert store.running() == []
+            assert self.leftovers(root) == [], verb
         with store.build("id", fill(store, {"file": b"whole"}), base="base") as result:
             assert contents(result.path) == {"base": b"base", "file": b"whole"}
+
+    def _elsewhere(self, area: Path, name: str, action: Callable[[], str]) -> _Process:
+        """Run *action* in a process of its own; it has to end once there is the file `go`."""
+        process = _Process(area / f"{name}.said", action)
+        self._open.callback(process.kill)
+        self._open.callback((area / "go").touch)
+        return process
+
+    def _build(
+        self,
+        root: Path,
+        area: Path,
+        text: bytes,
+        *,
+        base: str | None = None,
+        fails: bool = False,
+        forks: bool = False,
+    ) -> str:
+        """Build `id` once there is the file `go`; what came of it, as JSON."""
+
+        def function(work: Workspace) -> None:
+            with (area / "runs").open("ab") as runs:
+                runs.write(b"x")
+            work.log.write(LINE)
+            (area / "begun").touch()
+            if forks:
+                _fork_and_run(work, area)
+            _await(area / "go")
+            work.log.write(text)
+            if fails:
+                raise ValueError("meant to fail")
+            write(work.path, {"file": b"whole"})
+
+        with self.open_store(root) as store, store.build("id", function, base=base) as result:
+            return json.dumps([result.outcome, result.attempt, b"".join(result.log.tail()).decode()])
+
+
+class _Process:
+    """A forked process, and what its action returned or raised."""
+
+    def __init__(self, said: Path, action: Callable[[], str]) -> None:
+        require(hasattr(os, "fork"), "fork()")
+        self._said, self._pid = said, 0
+        if sys.platform != "win32":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # other threads hold nothing that is used there
+                self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                said.write_text(action())
+            except BaseException as error:  # noqa: BLE001 (nothing may reach the tests' own frames below this one)
+                traceback.print_exc()
+                said.write_text(f"{type(error).__name__}: {error}")
+            finally:
+                os._exit(0)
+
+    def join(self) -> str:
+        """Wait for its end, and return what it said."""
+        if sys.platform != "win32" and self._pid:
+            _until(lambda: os.waitpid(self._pid, os.WNOHANG)[0] == self._pid, "the process did not end")
+            self._pid = 0
+        return self._said.read_text()
+
+    def kill(self) -> None:
+        """Kill it, if it still runs."""
+        if sys.platform != "win32" and self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
+
+
+def _fork_and_run(work: Workspace, area: Path) -> None:
+    """Leave a child that does nothing, with all that it inherits, and run a command until this process is killed."""
+    if sys.platform != "win32":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            with suppress(AssertionError):
+                _await(area / "go")
+            os._exit(0)
+        work.run(["sh", "-c", ': >"$1"; exec sleep 600', "sh", str(area / "forked")])
+
+
+def _prune_until(store: Store, over: threading.Event) -> None:
+    while not over.is_set():
+        store.prune(all=True)
+
+
+def _full_after(verb: Callable[..., object] | None, code: int) -> Callable[..., None]:
+    """Do what *verb* does, and then find the disk full."""
+
+    def failing(*arguments: object, **options: object) -> None:
+        if verb:
+            verb(*arguments, **options)
+        raise OSError(code, os.strerror(code))
+
+    return failing
+
+
+def _await(path: Path) -> None:
+    _until(path.exists, f"{path} did not come")
+
+
+def _await_text(path: Path, text: bytes) -> None:
+    _until(lambda: path.read_bytes() == text, f"{path} did not become {text!r}")
+
+
+def _until(ready: Callable[[], bool], failure: str) -> None:
+    """Look until *ready*, which another process brings about."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.01)):
+        if ready():
+            return
+        pause.wait(0.01)
+    raise AssertionError(failure)

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
 from storebackends import BuildLog, Store, Workspace
+from tests.stores import open_copy, python, until
 
-from ..stores import open_copy, python, until
 from .harness import Case, scratch, seconds
 
 MIB = 1 << 20
@@ -105,7 +105,7 @@ def _follow(store: Store, id: str, followers: int) -> tuple[float, float]:
     """How long until all have read all; and how long the writer wrote."""
     build = _Build(store, id)
     with _Threads(followers, lambda: _drain(build.log)) as threads:
-        took = seconds(lambda: (build.go(), threads.join()))
+        took = seconds(build.go, threads.join)
     store.delete(id)
     return took, build.writing
 
@@ -125,7 +125,7 @@ def _read(file: Path) -> float:
 
     start = threading.Event()
     with _Threads(THREADS, read) as threads:
-        return seconds(lambda: (start.set(), threads.join()))
+        return seconds(start.set, threads.join)
 
 
 class _Threads:
@@ -151,9 +151,8 @@ def _follow_elsewhere(store: Store, id: str) -> float:
     """How long until the followers in other processes, all of which have its first byte, have read all."""
     build = _Build(store, id)
     children = [python(_FOLLOWER, store.root, id) for _ in range(PROCESSES)]
-    for child in children:
-        _expect(child, b"follows\n")
-    took = seconds(lambda: (build.go(), [_expect(child, b"%d\n" % (SIZE + 1)) for child in children]))
+    _expect(children, b"follows\n")
+    took = seconds(build.go, lambda: _expect(children, b"%d\n" % (SIZE + 1)))
     for child in children:
         child.communicate()
     store.delete(id)
@@ -164,19 +163,20 @@ def _tail(file: Path) -> float:
     """The same by tail(1), which looks for the writer's end only so often: every hundredth of a second here."""
     file.write_bytes(b"x")
     writer = subprocess.Popen([sys.executable, "-c", _WRITER, file], stdin=subprocess.PIPE)
-    argv = ["tail", "-c", "+1", "-s", "0.01", "-f", f"--pid={writer.pid}", file]
+    argv: list[str | Path] = ["tail", "-c", "+1", "-s", "0.01", "-f", f"--pid={writer.pid}", file]
     children = [subprocess.Popen(argv, stdout=subprocess.DEVNULL) for _ in range(PROCESSES)]
     for child in children:
         until(lambda child=child: _has_read(child.pid, file))  # type: ignore[misc]
-    took = seconds(lambda: (writer.communicate(), [child.wait() for child in children]))
+    took = seconds(writer.communicate, lambda: [child.wait() for child in children])
     file.unlink()
     return took
 
 
-def _expect(child: subprocess.Popen[bytes], line: bytes) -> None:
-    assert child.stdout is not None
-    found = child.stdout.readline()
-    assert found == line, f"a follower said {found!r} instead of {line!r}"
+def _expect(children: Sequence[subprocess.Popen[bytes]], line: bytes) -> None:
+    for child in children:
+        assert child.stdout is not None
+        found = child.stdout.readline()
+        assert found == line, f"a follower said {found!r} instead of {line!r}"
 
 
 def _has_read(pid: int, file: Path) -> bool:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from storebackends.records import Record
+from tests.stores import open_copy
 
-from ..stores import open_copy
 from .harness import Case, milliseconds, scratch
 
 RESULTS = 100_000
@@ -33,7 +33,8 @@ def cases() -> Iterator[Case]:
             rounds=7,
         )
         config = folder / "config.toml"
-        config.write_text(f'default = "it"\n[stores.it]\nbackend = "copy"\ndurability = "none"\npath = {json.dumps(str(root))}\n')
+        options = f'backend = "copy"\ndurability = "none"\npath = {json.dumps(str(root))}'
+        config.write_text(f'default = "it"\n[stores.it]\n{options}\n')
         environment = {**os.environ, "STOREBACKENDS_CONFIG": str(config)}
         yield Case(
             f"storebackends ls, of {RESULTS}: its first line",
@@ -67,7 +68,7 @@ def _list(environment: dict[str, str], lines: int = RESULTS) -> float:
     before = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
-        found = sum(1 for _ in zip(range(lines), child.stdout))
+        found = sum(1 for _ in zip(range(lines), child.stdout, strict=False))
         took = time.perf_counter() - before
         child.stdout.read()
     assert found == lines

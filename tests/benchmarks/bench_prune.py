@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
-from ..stores import open_copy
+from tests.stores import open_copy
+
 from .bench_open import fill
 from .harness import Case, microseconds_each, scratch
 
@@ -42,5 +43,9 @@ def _prune(root: Path) -> float:
 def _remove(root: Path) -> float:
     open_copy(root).close()
     fill(root, RESULTS)
-    entries = [f"{root}/result/{name}" for name in os.listdir(root / "result")]
-    return microseconds_each(RESULTS, lambda: [shutil.rmtree(entry) for entry in entries])()
+    return microseconds_each(RESULTS, lambda: _remove_each(f"{root}/result"))()
+
+
+def _remove_each(folder: str) -> None:
+    for name in os.listdir(folder):
+        shutil.rmtree(f"{folder}/{name}")

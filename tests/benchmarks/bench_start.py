@@ -24,6 +24,4 @@ def _python(code: str) -> Figure:
 
 
 def _run(*argv: str | Path) -> Figure:
-    return milliseconds(
-        lambda: subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    )
+    return milliseconds(lambda: subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))

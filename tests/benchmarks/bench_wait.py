@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from itertools import count
 
 from storebackends import Store, Workspace
+from tests.stores import open_copy
 
-from ..stores import open_copy
 from .harness import Case, scratch
 
 PROCESSES, THREADS = 4, 250

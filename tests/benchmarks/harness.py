@@ -98,10 +98,11 @@ def measure(case: Case) -> Outcome:
     return Outcome(case, ours[case.warm_up :], theirs[case.warm_up :])
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """How long *work* takes."""
+def seconds(*works: Callable[[], object]) -> float:
+    """How long *works* take, one after the other."""
     before = time.perf_counter()
-    work()
+    for work in works:
+        work()
     return time.perf_counter() - before
 
 
@@ -118,7 +119,7 @@ def microseconds_each(count: int, work: Callable[[], object]) -> Figure:
 @contextmanager
 def scratch() -> Iterator[Path]:
     """A folder in memory, where the system has one: a disk's own pace is not what is measured."""
-    shared = Path("/dev/shm")  # noqa: S108 (the folder made there is this user's alone)
+    shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="storebackends-", dir=shared if shared.is_dir() else None))
     try:
         yield folder

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from storebackends.backend import Backend, Capability
+from storebackends.backend import Backend
 from storebackends.testing import BackendConformance
 from tests.capabilities import needs
 
@@ -29,11 +28,6 @@ class TestCopy(Rsync):
 
 class TestHardlink(Rsync):
     options: ClassVar = {"mode": "hardlink"}
-
-    @cached_property
-    def capabilities(self) -> frozenset[Capability]:
-        # Not detached, but what is linked is so only after the build: in one, an edit in place must stay where it is.
-        return super().capabilities | {Capability.DETACHED}
 
 
 class TestHardlinkUnsafe(Rsync):
