@@ -41,7 +41,7 @@ class Followed:
         return self.outcome
 
     def abandon(self, error: StoreError) -> None:
-        """Nobody will look any more: without an outcome by now, followers of the log end with the first *error* given."""
+        """Nobody will look any more: without an outcome by now, the log ends with *error*, or with an earlier one."""
         if self.look() is None and self.log.state == "open":
             self.log.settled(self.log.length, self.log.path, error)
 

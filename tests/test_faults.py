@@ -82,7 +82,6 @@ def test_a_system_call_that_fails_costs_a_clear_error_and_nothing_else(
 
 @pytest.mark.soak
 @needs("cc", "proc")
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("fault", ["EIO", "EDQUOT", "ENOSPC"])
 @every_kind
 def test_every_system_call_that_fails_costs_a_clear_error_and_nothing_else(

@@ -296,5 +296,5 @@ def _waits_for(store: Store, id: str) -> list[str]:
     return [
         name
         for path in store.root.glob(f"in-progress/{id}~*/build.json")
-        for name in json.loads(path.read_text())["waits_for"]
+        for name in json.loads(path.read_text()).get("waits_for", ())
     ]
