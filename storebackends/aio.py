@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
-from . import builds, opening, process, store
+from . import builds, life, opening, process, store
 from .backend import Size, Usage
 from .builds import Build
 from .caches import Mode
@@ -350,9 +350,9 @@ def _is_async(fn: Function) -> bool:
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))  # noqa: B004
 
 
-def _in_build_thread(fn: Function) -> store.Function:
+def _in_build_thread(fn: Function) -> life.Function:
     def function(work: Workspace) -> None:
-        made = cast(store.Function, fn)(work)
+        made = cast(life.Function, fn)(work)
         if inspect.iscoroutine(made):
             made.close()
             raise TypeError(f"{fn!r} returned a coroutine; pass an `async def` function itself, or a partial() of one")
@@ -360,7 +360,7 @@ def _in_build_thread(fn: Function) -> store.Function:
     return function
 
 
-def _in_loop(fn: Function, loop: asyncio.AbstractEventLoop) -> store.Function:
+def _in_loop(fn: Function, loop: asyncio.AbstractEventLoop) -> life.Function:
     """A function for the build's thread, which runs *fn* in the loop and waits for its end."""
 
     def function(work: Workspace) -> None:

@@ -256,19 +256,19 @@ class Backend(ABC):
         It must stay whole when *source* is dropped, and whatever is written to it, in place too, must not reach
         *source*. *record* is on disk before any resource that a crash could leave; on every failure nothing is left.
         """
-        raise NotSupported("lending a cache", "this backend keeps none", "use a store of another backend for it")
+        raise _keeps_none()
 
     def cache_install(self, loan: CacheEntry, generation: int) -> CacheEntry | None:
         """Seal *loan* and make it that *generation*, by one rename; None where there is one, and the loan stays."""
-        raise NotImplementedError  # whoever lends must take back
+        raise _keeps_none()
 
     def cache_drop(self, entry: CacheEntry) -> None:
         """Remove a generation or a loan, and all its resources: hidden first, reclaimed after. Idempotent."""
-        raise NotImplementedError
+        raise _keeps_none()
 
     def cache_size(self, entry: CacheEntry) -> Size:
         """What dropping *entry* would free."""
-        raise NotImplementedError
+        raise _keeps_none()
 
     def settle(self, timeout: float) -> bool:
         """Wait at most *timeout* seconds until what was deleted is free again; False where it is not yet."""
@@ -310,3 +310,7 @@ class Backend(ABC):
     def sync_paths(self) -> Sequence[Path]:
         """A folder on each file system that a tree's data is written to, for the durability barrier."""
         return (self.root,)
+
+
+def _keeps_none() -> NotSupported:
+    return NotSupported("a cache", "this backend keeps none", "use a store of another backend for it")

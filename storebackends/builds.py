@@ -50,6 +50,7 @@ class Running:
         self.outcome = "built"
         self.error: BaseException | None = None
         self._log: BuildLog | None = None
+        self._here = False
         self.ended = False
         self._changed = threading.Condition()
         self._tell: list[Callable[[], None]] = []
@@ -63,13 +64,13 @@ class Running:
 
     @property
     def current_log(self) -> BuildLog | None:
-        """The log, if there is one already."""
-        return self._log
+        """The log, if there is one already, and if it is written here."""
+        return self._log if self._here else None
 
-    def has_log(self, log: BuildLog) -> None:
-        """Called by the builder once the log is there."""
+    def has_log(self, log: BuildLog, *, here: bool) -> None:
+        """The log is there: of the build *here*, or of the one elsewhere that is followed for the callers here."""
         with self._changed:
-            self._log = log
+            self._log, self._here = log, here
             self._changed.notify_all()
 
     def wait(self, timeout: float | None) -> None:

@@ -139,7 +139,7 @@ class Sharing:
             for earlier in followed[:-1]:
                 earlier.abandon(BuilderDied(running.id, earlier.attempt, "its builder died"))
             signal.add(followed[-1].log.path)
-            running.has_log(followed[-1].log)
+            running.has_log(followed[-1].log, here=False)
 
     def _bury(self, followed: Followed) -> None:
         """Discard a build whose lock is held here, unless it has an outcome; its readers learn that it died."""

@@ -1,50 +1,36 @@
-"""The Store: what callers use, and the life of a build, once for every backend.
-
-lease the id, look            a result: a hit
-await and lease the base      no such result: BaseNotFound
-take the `work` lock, look    another process was first: attached
-clear, clone, log, function   a failure: the log to failed/, the rest to the trash
-record, seal, rename          published; nothing fails the build from here
-"""
+"""The Store: what callers use. It leases the id and looks; what is not there goes through the life of a build."""
 
 from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 from .backend import Backend, Capability, Entry, Size, Usage
 from .builds import Build, Builds, Running
 from .caches import CacheInfo, Caches, Mode
-from .digests import digest
 from .durability import Durability
-from .errors import BaseNotFound, BuildFailed, Busy, Cancelled, CommandFailed, NotFound, StoreError, explained
+from .errors import Busy, NotFound, StoreError, explained
 from .events import Attached, Event, Events, Hit, Listener, Pruned
 from .failures import Failures
 from .fsck import Check, Report
-from .ids import check_id, new_attempt
+from .ids import check_id
 from .index import Index
+from .life import Function, Life
 from .locks import Lease, Lock, Locks
 from .log import BuildLog
 from .marker import Marker
 from .prune import LowWater, Plan, Policy, Pruning
 from .records import Record
 from .results import Result, saved_log
-from .sharing import Sharing
-from .workspace import Workspace
 
 log = logging.getLogger(__name__)
-
-Function = Callable[[Workspace], object]
-"""Fills a build's tree. What it returns is ignored; what it raises fails the build."""
 
 
 class Store:
@@ -64,7 +50,6 @@ class Store:
     ) -> None:
         self._root, self._marker, self._backend, self._locks, self._failures = root, marker, backend, locks, failures
         self._presence = presence  # the store's lock, shared: nobody may have the store for itself alone
-        self._scratch = root / "scratch"
         self._durability = Durability(marker.durability, backend.sync_paths(), root / "result")
         try:
             self._index = Index(root, root / "result")
@@ -75,12 +60,21 @@ class Store:
         self._detach_barrier = detach_barrier
         self.prune_policy: Policy | None = None
         """What prune() goes by where it is not told; with a min_free, builds prune first where less is free."""
-        self.verify = False
-        """Keep the digest of each tree that is published from now on, for fsck() to compare. Reads the whole tree."""
         self._low_water = LowWater()
         self._events = events
         self._builds = Builds(root)
-        self._sharing = Sharing(root, backend, locks, failures, self._builds)
+        self._life = Life(
+            backend,
+            marker.boot,
+            locks,
+            self._index,
+            self._durability,
+            failures,
+            events,
+            self._builds,
+            self._caches,
+            self._make_room,
+        )
         self._shown: weakref.WeakSet[Result] = weakref.WeakSet()  # their views end with the store, as all leases do
         self._closed = threading.Event()
         self._forked = False
@@ -102,6 +96,15 @@ class Store:
     def durability(self) -> str:
         """group, full or none."""
         return self._marker.durability
+
+    @property
+    def verify(self) -> bool:
+        """Keep the digest of each tree that is published from now on, for fsck() to compare? Reads the whole tree."""
+        return self._life.verify
+
+    @verify.setter
+    def verify(self, verify: bool) -> None:
+        self._life.verify = verify
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -168,7 +171,7 @@ class Store:
         if running and running.current_log:
             return running.current_log
         # In the order in which a log moves, so that none is missed on its way.
-        if live := self._sharing.follow(id):
+        if live := self._life.sharing.follow(id):
             return live
         if entry := self._backend.result(id):
             return saved_log(entry)
@@ -303,7 +306,7 @@ class Store:
             undo.callback(self._backend.close)
             undo.callback(self._index.close)
             undo.callback(self._close_durability)
-            undo.callback(self._sharing.close)
+            undo.callback(self._life.sharing.close)
 
     def __enter__(self) -> Store:
         return self
@@ -314,7 +317,7 @@ class Store:
     def __repr__(self) -> str:
         return f"<Store {self._marker.backend} {str(self._root)!r}>"
 
-    # The life of a build.
+    # Building.
 
     def _begin(self, id: str, base: str | None) -> tuple[Build, Running | None]:
         """Become a caller; where that starts a new build, return it too, for the caller to execute."""
@@ -356,140 +359,10 @@ class Store:
                 self._builds.waiting(running.id),
                 self._builds.building(running),
             ):
-                self._live(running, fn, base)
+                self._life.run(running, fn, base)
         except BaseException as raised:  # noqa: BLE001 (each caller gets it, or its like)
             error = raised
         self._builds.end(running, error)
-
-    def _live(self, running: Running, fn: Function, base: str | None) -> None:
-        with ExitStack() as held:
-            if base is not None:
-                self._sharing.await_base(running, base)
-                held.enter_context(self._locks.lease(base))
-                if self._backend.result(base) is None:
-                    raise BaseNotFound(running.id, base)
-                self._index.touch(base)
-            if policy := self.prune_policy:
-                self._low_water.check(policy, self._backend.usage, partial(self._prune, policy))
-            if work := self._sharing.own(running):
-                held.enter_context(work)
-                self._attempt(running, fn, base)
-            else:
-                running.outcome = "attached"
-                self._index.touch(running.id)
-
-    def _attempt(self, running: Running, fn: Function, base: str | None) -> None:
-        record = Record(
-            id=running.id,
-            attempt=new_attempt(),
-            base=base,
-            base_attempt=self._entry(base).attempt if base else None,
-            boot=self._marker.boot,
-            pid=os.getpid(),
-            started=time.time(),
-        )
-        is_published = partial(self._is_published, record)
-        with self._events.attempt(record, lambda: running.current_log, is_published):
-            self._make(running, fn, record)
-
-    def _make(self, running: Running, fn: Function, record: Record) -> None:
-        if record.base is not None:
-            self._index.add(record.id, record.attempt, record.base)
-        with explained(f"beginning the build of {record.id!r}", self._root):
-            entry = self._backend.build(record.id, record.base, record.attempt, record)
-        running.note = partial(_note_waits, entry, record)
-        try:
-            self._fill(running, entry, fn)
-            self._publish(running, entry, record)
-        except BaseException as error:
-            if self._is_published(record):
-                self._moved(running)
-                raise
-            self._bury(running, entry, record, error)
-            raise
-
-    def _fill(self, running: Running, entry: Entry, fn: Function) -> None:
-        with explained(f"beginning the log of {entry.id!r}", self._root):
-            build_log = BuildLog.create(entry.log)
-        running.has_log(build_log)
-        work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch, self._caches)
-        try:
-            fn(work)
-            work.end(give_back=True)
-        except Exception as error:
-            if running.cancel.is_set():
-                raise Cancelled(entry.id, entry.attempt) from error
-            raise BuildFailed(entry.id, entry.attempt, _reason(error)) from error
-        finally:
-            self._builds.publishes(running)
-            work.end()
-        if running.cancel.is_set():
-            raise Cancelled(entry.id, entry.attempt)
-
-    def _publish(self, running: Running, entry: Entry, record: Record) -> None:
-        tree = self._backend.tree(entry) if Capability.HOST_TREE in self._backend.capabilities else None
-        if tree and not _is_folder(tree):
-            raise BuildFailed(entry.id, entry.attempt, f"its function removed or replaced its tree, {tree}")
-        build_log = running.current_log
-        assert build_log is not None  # noqa: S101 (_fill made it)
-        with explained(f"publishing {entry.id!r}", self._root):
-            length = build_log.finish()
-            digest = self._digest(tree) if self.verify and tree else None
-            final = replace(record, finished=time.time(), outcome="built", log_length=length, digest=digest)
-            entry.save(final)
-            self._durability.before_rename(entry, tree, self._backend.seals_durably)
-            with build_log.moving() as move:
-                published = self._backend.rename(entry.id)
-                move.to(published.log)
-        self._after_rename(published, record)
-        build_log.close()
-
-    def _digest(self, tree: Path) -> str | None:
-        try:
-            return digest(tree)
-        except StoreError as error:
-            log.warning("a result is published without a digest: %s", error)
-            return None
-
-    def _after_rename(self, published: Entry, record: Record) -> None:
-        # The result is there: what fails now is told, and fails nothing.
-        if record.base is None:
-            self._index.built(record.id, record.attempt)
-        try:
-            self._durability.published(published, record.attempt)
-        except (OSError, StoreError) as error:
-            log.warning("%s is published, but it is not known to be on the disk: %s", published.id, error)
-
-    def _is_published(self, record: Record) -> bool:
-        entry = self._backend.result(record.id)
-        with suppress(StoreError):
-            return entry is not None and entry.attempt == record.attempt
-        return False
-
-    def _moved(self, running: Running) -> None:
-        if build_log := running.current_log:
-            with build_log.moving() as move:
-                move.to(self._entry(running.id).log)
-            build_log.close()
-
-    def _bury(self, running: Running, entry: Entry, record: Record, error: BaseException) -> None:
-        """Keep the log of a build that failed, and remove the rest; what goes wrong here is noted on *error*."""
-        outcome = "failed" if isinstance(error, Exception) and not isinstance(error, Cancelled) else "cancelled"
-        reason = getattr(error, "reason", None) or _reason(error)
-        build_log = running.current_log
-        try:
-            length = build_log.finish() if build_log else None
-            final = replace(record, finished=time.time(), outcome=outcome, reason=reason, log_length=length)
-            self._failures.bury(entry, final, build_log)
-        except (OSError, StoreError) as second:
-            error.add_note(f"its log could not be kept: {second}")
-        try:
-            self._index.remove(entry.id)
-            self._backend.discard(entry.id, entry.attempt)
-        except (OSError, StoreError) as second:
-            error.add_note(f"what it left is removed at the next open: {second}")
-        if build_log:
-            build_log.close()
 
     # Deleting.
 
@@ -500,6 +373,10 @@ class Store:
             order.append(stack.pop())
             stack += self.children(order[-1])
         return order[::-1]
+
+    def _make_room(self) -> None:
+        if policy := self.prune_policy:
+            self._low_water.check(policy, self._backend.usage, partial(self._prune, policy))
 
     def _prune(self, policy: Policy, *, all: bool = False, dry_run: bool = False) -> Plan:
         started = time.monotonic()
@@ -572,27 +449,6 @@ class Store:
         self._forked = True
         self._events.abandon()
         self._durability.abandon()
-
-
-def _note_waits(entry: Entry, record: Record, waits_for: tuple[str, ...]) -> None:
-    # Another process may miss a circle for want of it, and wait until somebody cancels; the build itself is well.
-    with suppress(OSError):
-        replace(record, waits_for=waits_for).save(entry.record)
-
-
-def _is_folder(path: Path) -> bool:
-    """Is it one itself, and no link to one?"""
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in half a line."""
-    if isinstance(error, CommandFailed | StoreError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()

@@ -24,7 +24,7 @@ POLL = 0.05
 NET = 2.0
 """Seconds after which one looks again all the same where it does."""
 PACE = 0.01
-"""Seconds that changes may gather before a Signal that was just woken is woken again."""
+"""Seconds in which changes gather, after one that was told of at once."""
 
 _CLOSE_WRITE, _MODIFY, _MOVE_SELF, _MASK_ADD, _IGNORED, _OVERFLOW = 0x8, 0x2, 0x800, 0x20000000, 0x8000, 0x4000
 _CLOEXEC = 0o2000000
@@ -38,7 +38,6 @@ class Signal:
         self._event = threading.Event()
         self._watches: set[int] = set()
         self._told = True  # of every change; else it has to poll
-        self._woken = 0.0
         for path in paths:
             self.add(path)
 
@@ -56,12 +55,8 @@ class Signal:
 
     def wait(self, longest: float = NET) -> None:
         """Return at a change since the last call, or for another look; at most *longest* seconds later."""
-        early = self._woken + PACE - time.monotonic()
-        if early > 0 and self._event.is_set():
-            time.sleep(early)  # a busy writer is followed in strides
         self._event.wait(min(longest, NET if self._told else POLL))
         self._event.clear()
-        self._woken = time.monotonic()
 
     def close(self) -> None:
         """Watch nothing any more. Idempotent."""
@@ -139,6 +134,7 @@ class _Watcher:
                     return
                 raise
             self._tell(data)
+            time.sleep(PACE)  # a busy writer is followed in strides; the kernel merges what comes meanwhile
 
     def _tell(self, data: bytes) -> None:
         at = 0

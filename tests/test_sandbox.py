@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ class Inside:
     def sh(self, script: str, *, cwd: str = ".", network: bool = False, **folders: Path) -> str:
         """What *script* prints; OSError with its complaint where it fails."""
         secrets = folders.pop("secrets", None)
-        lists = {name: [folder] for name, folder in folders.items()}
+        lists: dict[str, Any] = {name: [folder] for name, folder in folders.items()}
         shell = ["/bin/sh", "-ec", script]
         argv = sandbox.bwrap(shell, tree=self.tree, tmp=self.tmp, cwd=cwd, network=network, secrets=secrets, **lists)
         return run(*argv)

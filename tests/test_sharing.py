@@ -184,6 +184,16 @@ def test_a_waiter_that_cancels_leaves_the_builder_alone(root: Path) -> None:
         assert result.outcome == "hit"
 
 
+def test_a_reader_who_only_asked_for_the_log_does_not_lose_it_with_a_waiter_that_cancels(root: Path) -> None:
+    with builder_elsewhere(root), open_copy(root) as store:
+        build = store.start("a", writes(f="2"))
+        assert build.log.state == "open"
+        with store.log("a").tail() as reader:
+            build.cancel()
+            go(root)
+            assert b"".join(reader).endswith(b"line 199\n")
+
+
 def test_a_closed_store_ends_its_waiters(root: Path) -> None:
     with builder_elsewhere(root):
         store = open_copy(root)

@@ -76,11 +76,12 @@ def _joined(tree: Path, linked: Path) -> Iterator[bytes]:
     """The files that are one in *linked* but several in *tree*, since they equal one that the base has by two names."""
     names: dict[int, list[bytes]] = defaultdict(list)
     top = os.fsencode(linked)
-    for folder, _, files, descriptor in os.fwalk(top, follow_symlinks=False):
+    for folder, _, files in os.walk(top):
         for name in files:
-            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
             if status.st_nlink > 1:
-                names[status.st_ino].append(os.path.relpath(os.path.join(folder, name), top))
+                names[status.st_ino].append(os.path.relpath(path, top))
     for same in names.values():
         if len(same) > 1 and len({os.lstat(os.path.join(os.fsencode(tree), name)).st_ino for name in same}) > 1:
             yield from same
