@@ -83,6 +83,7 @@ class Copier:
             raise OSError(errno.ELOOP, "the copy would lie inside of what it copies")
         if made:
             drop_acls(dst.fd)
+            os.fchmod(dst.fd, 0o700)  # a default ACL of the parent may have taken the owner's right to write
         folders = []
         with os.scandir(src.fd) as entries:
             for entry in entries:

@@ -298,7 +298,7 @@ class TestDigests:
         def unreadable(tree: Path) -> str:
             raise StoreError("unreadable")
 
-        monkeypatch.setattr("storebackends.store.digest", unreadable)
+        monkeypatch.setattr("storebackends.life.digest", unreadable)
         store.build("plain", writes(f="1")).release()
 
         assert store.record("plain").digest is None

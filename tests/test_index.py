@@ -196,3 +196,18 @@ def test_an_unwritable_folder_costs_the_last_uses_only(root: Path) -> None:
         index.close()
     finally:
         os.chmod(root, 0o700)
+
+
+def test_results_without_a_base_are_written_in_batches_and_on_closing(root: Path) -> None:
+    index = opened(root)
+    publish(root, "a")
+    publish(root, "gone")
+    index.built("a", "0")
+    index.built("gone", "0")
+    (root / "result" / "gone" / "build.json").unlink()
+    (root / "result" / "gone").rmdir()
+    assert used(root) == {}
+
+    index.close()
+
+    assert set(used(root)) == {"a"}

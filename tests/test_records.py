@@ -37,3 +37,14 @@ def test_what_is_no_record_is_told_with_its_path(tmp_path: Path, content: bytes)
 def test_a_missing_record_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Record.load(tmp_path / "build.json")
+
+
+def test_a_link_planted_where_a_record_is_written_is_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / "build.json.part").symlink_to(precious)
+
+    with pytest.raises(OSError, match=r"build\.json\.part"):
+        RECORD.save(tmp_path / "build.json")
+
+    assert precious.read_text() == "mine"
