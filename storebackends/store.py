@@ -192,7 +192,7 @@ class Store:
     def ids(self) -> Iterator[str]:
         """The ids of all results, in no order."""
         self._check_open()
-        return self._backend.ids()
+        return self._ids()
 
     def children(self, id: str) -> list[str]:
         """The ids of the results that were built on *id*."""
@@ -207,7 +207,8 @@ class Store:
     def running(self) -> list[tuple[str, str]]:
         """(id, attempt) of each build under way, in any process."""
         self._check_open()
-        return sorted(self._backend.unfinished())
+        with explained("listing the builds under way", self._root):
+            return sorted(self._backend.unfinished())
 
     def failures(self) -> set[str]:
         """The ids whose newest failures are kept, with their logs."""
@@ -236,7 +237,8 @@ class Store:
     def caches(self) -> list[CacheInfo]:
         """What is known of each cache, by name. Measures them all, which may take long."""
         self._check_open()
-        return self._caches.infos()
+        with explained("measuring the caches", self._root):
+            return self._caches.infos()
 
     def delete_cache(self, name: str) -> bool:
         """Delete a cache; False where there was none of that name. Raises Busy while it is lent, in any process."""
@@ -246,7 +248,8 @@ class Store:
     def usage(self) -> Usage:
         """Space below the store, on the tightest file system that holds trees."""
         self._check_open()
-        return self._backend.usage()
+        with explained("measuring the space", self._root):
+            return self._backend.usage()
 
     def prune(
         self,
@@ -425,6 +428,10 @@ class Store:
             return False
 
     # Inside.
+
+    def _ids(self) -> Iterator[str]:
+        with explained("listing the results", self._root):
+            yield from self._backend.ids()
 
     def _entry(self, id: str) -> Entry:
         if (entry := self._backend.result(id)) is None:
