@@ -137,7 +137,7 @@ class Dropped(Event):
 
 
 class Listener:
-    """A function that hears of events until close(), or the end of the context."""
+    """A function that hears of events until close(), or of those before the end of the context, which waits for it."""
 
     def __init__(self, tell: Callable[[Event], object], events: Events) -> None:
         self._tell, self._events = tell, events
@@ -150,6 +150,7 @@ class Listener:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._events._drain(self)
         self.close()
 
 
@@ -163,6 +164,7 @@ class Events:
         self._changed = threading.Condition()
         self._listeners: tuple[Listener, ...] = ()
         self._queue: deque[tuple[Event, tuple[Listener, ...]]] = deque()
+        self._hearing: tuple[Listener, ...] = ()  # those that are being called
         self._dropped = 0
         self._delivering = self._warned = self._closed = False
         self._thread: threading.Thread | None = None
@@ -196,7 +198,7 @@ class Events:
                 self._queue.popleft()
                 self._dropped += 1
             self._queue.append((event, self._listeners))
-            self._changed.notify()
+            self._changed.notify_all()
 
     @contextmanager
     def attempt(
@@ -228,7 +230,7 @@ class Events:
         with self._changed:
             self._closed, self.heard, self._listeners = True, False, ()
             thread = self._thread
-            self._changed.notify()
+            self._changed.notify_all()
         if thread is None or thread is threading.current_thread():
             return
         thread.join(PATIENCE)
@@ -247,12 +249,23 @@ class Events:
             self._thread = threading.Thread(target=self._run, name="storebackends-events", daemon=True)
             self._thread.start()  # it waits for the lock that is held here
 
+    def _drain(self, listener: Listener) -> None:
+        """Tell *listener* of nothing new, and wait until it has heard what was told, for at most PATIENCE seconds."""
+        with self._changed:
+            self._listeners = _without(self._listeners, listener)
+            self.heard = bool(self._listeners)
+            if threading.current_thread() is not self._thread:
+                self._changed.wait_for(lambda: not self._is_to_hear(listener), PATIENCE)
+
+    def _is_to_hear(self, listener: Listener) -> bool:
+        return listener in self._hearing or any(listener in who for _, who in self._queue)
+
     def _forget(self, listener: Listener) -> None:
         with self._changed:
             self._listeners = _without(self._listeners, listener)
             self.heard = bool(self._listeners)
             self._queue = deque((event, who) for event, others in self._queue if (who := _without(others, listener)))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _run(self) -> None:
         while (item := self._next()) is not None:
@@ -262,6 +275,9 @@ class Events:
                     listener._tell(event)
                 except BaseException:  # a SystemExit would end this thread, and the others would hear no more
                     log.exception("%s: a listener failed on %r; it is still told of what follows", self._root, event)
+            with self._changed:
+                self._hearing = ()
+                self._changed.notify_all()
 
     def _next(self) -> tuple[Event, tuple[Listener, ...]] | None:
         """Wait for the next event; None, and this thread is no more, once all is told and nobody listens."""
@@ -270,9 +286,9 @@ class Events:
             if not self._queue:
                 self._thread = None
                 return None
-            if self._dropped:
-                return self._report()
-            return self._queue.popleft()
+            item = self._report() if self._dropped else self._queue.popleft()
+            self._hearing = item[1]
+            return item
 
     def _report(self) -> tuple[Event, tuple[Listener, ...]]:
         count, self._dropped = self._dropped, 0

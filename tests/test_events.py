@@ -206,6 +206,21 @@ class TestListener:
         assert ears.next().id == "b"
         assert heard.empty()
 
+    def test_hears_at_the_end_of_its_context_what_was_told_before(self, store: Store) -> None:
+        heard: list[str] = []
+        go_on = threading.Event()
+
+        def slow(event: Event) -> None:
+            assert go_on.wait(WAIT)
+            heard.append(event.kind)
+
+        with store.listen(slow):
+            store.build("a", writes(f="1")).release()
+            threading.Timer(0.05, go_on.set).start()
+
+        assert heard == ["started", "finished"]
+        assert not store._events.heard
+
     def test_that_is_stuck_holds_up_no_close(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
