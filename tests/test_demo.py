@@ -10,6 +10,8 @@ import pytest
 
 from tests.capabilities import PROJECT, needs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.docs
 @needs("source", "bash")

@@ -22,6 +22,8 @@ from storebackends import BuildFailed, NoSpace, Store, StoreError, Workspace
 from tests.capabilities import look, needs, probe, run
 from tests.stores import files, kept, left_in_progress, open_copy, writes
 
+pytestmark = pytest.mark.slow
+
 SHIM = Path(__file__).with_name("faults") / "shim.c"
 YEAR = 365 * 86400
 Mounted = Callable[..., AbstractContextManager[Path]]

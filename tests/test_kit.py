@@ -15,6 +15,8 @@ from storebackends.testing import trees
 from tests.capabilities import needs
 from tests.distributions import install
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["pytester"]
 
 PLUGIN = """

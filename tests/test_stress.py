@@ -17,7 +17,7 @@ import pytest
 
 from tests.capabilities import needs
 
-pytestmark = needs("proc", "fork")
+pytestmark = [needs("proc", "fork"), pytest.mark.slow]
 
 
 class Kind(NamedTuple):

@@ -11,6 +11,8 @@ from storebackends.backend import Backend
 from storebackends.testing import BackendConformance
 from tests.capabilities import needs
 
+pytestmark = pytest.mark.slow
+
 
 @needs("rsync")
 class Rsync(BackendConformance):
