@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextvars
-import copy
 import inspect
 import os
 import threading
@@ -228,14 +227,18 @@ class AsyncWorkspace:
         """See Workspace.run(). Cancelled, it ends the program and all that it started, and then is over."""
         cancel = process.Cancel()
 
-        def call() -> process.Finished:
-            own = copy.copy(self.sync)
-            own._cancel = cancel  # so that this program can be ended, and not the build
-            own._scratch = self.sync.scratch  # asked of the one that will remove it
-            return own.run(
-                argv, env=env, cwd=cwd, input=input, timeout=timeout, user=user, capture=capture, check=check
-            )
-
+        call = partial(
+            self.sync._run_under,
+            cancel,
+            argv,
+            env=env,
+            cwd=cwd,
+            input=input,
+            timeout=timeout,
+            user=user,
+            capture=capture,
+            check=check,
+        )
         self._running.add(cancel)
         try:
             return await _in_thread(call, pool=self._pool, cancel=cancel.set)

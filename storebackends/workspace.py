@@ -94,13 +94,34 @@ class Workspace:
         capture: bool = False,
         check: bool = True,
     ) -> process.Finished:
-        """Run a program in the tree; its output goes to the log. It, and all it started, is ended before this returns.
+        """Run a program in the tree; its output goes to the log.
+
+        It, and all it started, is ended before this returns, but for a daemon that leaves its process group: that
+        only a sandbox ends.
 
         The environment is PATH, HOME, TMPDIR and LANG, and *env* over them; HOME and TMPDIR are empty folders outside
         the tree. *cwd* is relative to the tree. *timeout* is in seconds. With *capture* its standard output is
         returned, not logged. Raises CommandFailed where it cannot start, runs out of time or, with *check*, fails;
         Cancelled when the build is.
         """
+        return self._run_under(
+            self._cancel, argv, env=env, cwd=cwd, input=input, timeout=timeout, user=user, capture=capture, check=check
+        )
+
+    def _run_under(
+        self,
+        cancel: process.Cancel,
+        argv: Sequence[str | os.PathLike[str]],
+        *,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        input: bytes | None,
+        timeout: float | None,
+        user: str | int | None,
+        capture: bool,
+        check: bool,
+    ) -> process.Finished:
+        """As run(), but *cancel* ends the program, and not the build. Raises Cancelled then."""
         self._check()
         with self._homes(user) as homes:
             words = [os.fspath(word) for word in argv]
@@ -112,7 +133,7 @@ class Workspace:
                     output=self.log.write,
                     input=input,
                     timeout=timeout,
-                    cancelled=self._cancel,
+                    cancelled=cancel,
                     capture=capture,
                 )
             except process.Interrupted:
