@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from storebackends import StoreError, durability
 from storebackends.opening import open_store
+from tests.capabilities import needs
 from tests.stores import until, writes
 
 
@@ -122,5 +124,6 @@ def test_group_never_marks_what_a_failing_disk_may_have_lost(tmp_path: Path, mon
     assert not is_marked(store.root, "a")
 
 
-def test_this_boot_has_one_id() -> None:
-    assert durability.boot_id() == durability.boot_id()
+@needs("proc")
+def test_the_kernel_tells_which_boot_this_is() -> None:
+    assert re.fullmatch(r"[0-9a-f-]{36}", durability.boot_id())

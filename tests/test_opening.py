@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import storebackends
 from storebackends import ConfigError, PluginError, StoreError, opening
 from storebackends.locks import Locks
 from storebackends.opening import open_store, sync
@@ -193,7 +192,3 @@ def test_sync_marks_what_others_left_unmarked(tmp_path: Path) -> None:
     sync(tmp_path / "store")
 
     assert mark.exists()
-
-
-def test_the_package_is_usable_as_its_docstring_says(tmp_path: Path) -> None:
-    assert set(storebackends.__all__) == {name for name in storebackends.__all__ if hasattr(storebackends, name)}
