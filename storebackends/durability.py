@@ -82,12 +82,6 @@ class Durability:
                 self._start_thread()
                 self._wake.notify()
 
-    def ensure(self, entry: Entry) -> None:
-        """With `full`, wait until an entry that some other mode or version left unmarked is on the disk."""
-        if self._mode == "full" and not entry.synced.exists():
-            self.barrier()
-            self._mark(entry.folder, entry.attempt, SYNCED)
-
     def barrier(self) -> None:
         """Bring all that was written before the call to the disk. Raises StoreError where the disk fails."""
         syncfs = _syncfs()

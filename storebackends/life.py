@@ -23,7 +23,7 @@ from .builds import Builds, Running
 from .caches import Caches
 from .digests import digest
 from .durability import Durability
-from .errors import BaseNotFound, BuildFailed, Cancelled, CommandFailed, NotFound, StoreError, explained
+from .errors import BaseNotFound, BuildFailed, Cancelled, NotFound, StoreError, explained
 from .events import Events
 from .failures import Failures
 from .ids import new_attempt
@@ -217,6 +217,6 @@ def _is_folder(path: Path) -> bool:
 
 def _reason(error: BaseException) -> str:
     """What went wrong, in half a line."""
-    if isinstance(error, CommandFailed | StoreError):
+    if isinstance(error, StoreError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

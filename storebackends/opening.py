@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,14 +83,13 @@ def sync(root: Path) -> None:
 
     Raises ConfigError where *root* is no store, StoreError where the disk fails.
     """
-    locks, marker = Locks(root / "locks"), load(root)
-    with locks.store(exclusive=False):
+    marker = load(root)
+    with closing(Locks(root / "locks")) as locks, locks.store(exclusive=False):
         durability = Durability(marker.durability, [root], root / "result")
         try:
             durability.flush()
         finally:
             durability.close(flush=False)
-    locks.close()
 
 
 def _listeners(registry: Registry, config: Config) -> Listeners:
