@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 BATCH = 256  # uses of results that may wait in memory to be written
 PAUSE = 1.0  # seconds that they wait, once another follows: other processes prune by what is written
+_CHUNK = 1000  # records that one transaction reads from the disk
 _SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = NORMAL;
@@ -105,12 +106,7 @@ class Index:
             uses, self._uses = self._uses, {}
             self._flushed = time.monotonic()
         if built:
-            # Looked at in the transaction: who deletes one of them removes its row after that, and has to wait for us.
-            there = (
-                (id, attempt, None, when, when)
-                for id, (attempt, when) in built.items()
-                if os.path.isdir(f"{self._results}{os.sep}{id}")
-            )
+            there = ((id, at, None, when, when) for id, (at, when) in built.items() if self._is_there(id, at))
             self._write("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?)", there)
         if uses:
             self._write("UPDATE results SET used = ? WHERE id = ?", [(when, id) for id, when in uses.items()])
@@ -209,8 +205,25 @@ class Index:
         known = set() if dirty else {row[0] for row in self._db.execute("SELECT id FROM results")}
         self._take_in([name for name in os.listdir(self._results) if name not in known])
 
+    # What is learnt from the disk is looked at in the transaction that writes it. A result that is there then has no
+    # later attempt in the index, since its removal comes before that; and who removes it has to wait with its row.
+
+    def _is_there(self, id: str, attempt: str) -> bool:
+        try:
+            with open(f"{self._results}{os.sep}{id}{os.sep}build.json", "rb") as file:
+                return attempt.encode() in file.read()
+        except OSError:
+            return False
+
     def _take_in(self, ids: list[str]) -> None:
-        rows = []
+        for start in range(0, len(ids), _CHUNK):
+            self._write(
+                "INSERT INTO results VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, base = excluded.base",
+                self._recorded(ids[start : start + _CHUNK]),
+            )
+
+    def _recorded(self, ids: list[str]) -> Iterator[tuple[object, ...]]:
         for id in ids:
             try:
                 record = Entry(id, self._results / id).read()
@@ -218,13 +231,7 @@ class Index:
                 log.warning("%s", error)
                 continue
             when = record.finished or record.started
-            rows.append((id, record.attempt, record.base, when, when))
-        if rows:
-            self._write(
-                "INSERT INTO results VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET attempt = excluded.attempt, base = excluded.base",
-                rows,
-            )
+            yield id, record.attempt, record.base, when, when
 
 
 def _row(row: tuple[str, str, str | None, float, float, int | None, int | None]) -> Row:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from storebackends import index as index_module
-from storebackends.backend import Size
+from storebackends.backend import Entry, Size
 from storebackends.index import Index
 from storebackends.records import Record
 from tests.capabilities import needs
@@ -211,3 +212,42 @@ def test_results_without_a_base_are_written_in_batches_and_on_closing(root: Path
     index.close()
 
     assert set(used(root)) == {"a"}
+
+
+def test_a_late_batch_does_not_hide_what_another_process_has_built_since(root: Path) -> None:
+    early, late = opened(root), opened(root)
+    publish(root, "a", attempt="0123")
+    early.built("a", "0123")
+    shutil.rmtree(root / "result" / "a")
+    late.remove("a")
+    late.add("a", "4567", "base")
+    publish(root, "a", base="base", attempt="4567")
+
+    early.close()
+
+    assert late.children("base") == ["a"]
+    late.close()
+
+
+def test_what_is_read_back_does_not_hide_what_another_process_builds_meanwhile(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, building = opened(root), opened(root)
+    publish(root, "a", attempt="0123")
+    record = Entry.read
+    rebuild = threading.Thread(target=lambda: building.add("a", "4567", "base"))
+
+    def slow_read(entry: Entry) -> Record:
+        found = record(entry)
+        shutil.rmtree(entry.folder)
+        rebuild.start()
+        rebuild.join(0.5)  # it is to come between the look and the row, and must not be able to
+        return found
+
+    monkeypatch.setattr(Entry, "read", slow_read)
+    list(reading.rows())
+    rebuild.join()
+
+    assert building.children("base") == ["a"]
+    reading.close()
+    building.close()
