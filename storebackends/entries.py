@@ -157,11 +157,9 @@ class EntryBackend(Backend):
         return installed
 
     def cache_drop(self, entry: CacheEntry) -> None:
-        """See Backend.cache_drop. A cache goes with its last generation."""
+        """See Backend.cache_drop."""
+        # The cache's own folder stays, if empty: somebody may just have made it, to rename a generation into it.
         self._hide_and_remove(entry.folder)
-        if entry.generation:
-            with suppress(OSError):
-                entry.folder.parent.rmdir()
 
     def cache_size(self, entry: CacheEntry) -> Size:
         """See Backend.cache_size; an estimate, since blocks may be shared with other generations."""

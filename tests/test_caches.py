@@ -15,6 +15,7 @@ import pytest
 
 import storebackends
 from storebackends import BuildFailed, Busy, Cancelled, InvalidId, RecipeError, Store, StoreError, Workspace, opening
+from storebackends.backend import CacheEntry
 from storebackends.recipe import Recipe, load
 from storebackends.steps import plan, run_recipe
 from tests.capabilities import needs
@@ -143,6 +144,15 @@ def test_the_source_of_a_loan_stays_until_it_ends(store: Store) -> None:
         assert [path for path in kept(store.root) if path.startswith("caches")] == ["caches/c/1", "caches/c/3"]
 
     assert kept(store.root) == ["caches/c/3"]
+
+
+def test_removing_the_last_generation_leaves_the_folder_to_who_is_about_to_give_back(store: Store) -> None:
+    folder = store.root / "caches" / "c"
+    folder.mkdir()
+
+    store._backend.cache_drop(CacheEntry("c", folder / "1"))  # late: another process dropped it already
+
+    assert folder.is_dir()
 
 
 def test_a_copy_that_was_replaced_is_not_given_back(store: Store) -> None:
