@@ -247,11 +247,14 @@ def _dying_with_us() -> tuple[str, ...]:
     if setpriv is None:
         return ()
     prefix = (setpriv, "--pdeathsig", "KILL", "--")
+    null = subprocess.DEVNULL
     try:
-        tried = subprocess.run([*prefix, setpriv, "--version"], capture_output=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        with _starting:
+            tried = subprocess.Popen([*prefix, setpriv, "--version"], stdin=null, stdout=null, stderr=null)
+    except OSError:
         return ()
-    return prefix if tried.returncode == 0 else ()  # BusyBox has one without that option
+    with tried:
+        return prefix if tried.wait() == 0 else ()  # BusyBox has one without that option
 
 
 def find(command: Command) -> str:
@@ -354,6 +357,7 @@ def call(
 def detached(argv: Sequence[str], program: str) -> subprocess.Popen[bytes]:
     null = subprocess.DEVNULL
     try:
-        return subprocess.Popen([program, *argv[1:]], stdin=null, stdout=null, stderr=null, start_new_session=True)
+        with _starting:
+            return subprocess.Popen([program, *argv[1:]], stdin=null, stdout=null, stderr=null, start_new_session=True)
     except (OSError, ValueError) as error:
         raise CommandFailed(argv, None, f"cannot start: {error}") from error

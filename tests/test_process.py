@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from storebackends import process
+from storebackends import _process_posix, process
 from storebackends.backend import Command
 from storebackends.errors import CommandFailed, NotSupported
 from storebackends.process import Cancel, Finished, Interrupted
@@ -480,6 +480,33 @@ def test_tool_leaves_no_descriptor_and_no_zombie() -> None:
     assert os.listdir("/proc/self/fd") == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+# starting a program
+
+
+def test_no_thread_forks_while_a_program_is_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that it forked and that lives on would keep the pipe by which the start learns that the program runs."""
+    forks: list[bool] = []
+    start = subprocess.Popen
+
+    def fork() -> None:
+        forks.append(_process_posix._starting.acquire(blocking=False))
+        if forks[-1]:
+            _process_posix._starting.release()
+
+    def popen(*args: object, **more: object) -> subprocess.Popen[bytes]:
+        thread = threading.Thread(target=fork)
+        thread.start()
+        thread.join()
+        return start(*args, **more)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    _process_posix._dying_with_us.cache_clear()
+    run("true")
+    _process_posix.detached(["true"], "/bin/true").wait()
+
+    assert forks == [False] * (2 + bool(shutil.which("setpriv")))
 
 
 # detach()
