@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from storebackends import _process_posix, process
+from storebackends import process
 from storebackends.backend import Command
 from storebackends.errors import CommandFailed, NotSupported
 from storebackends.process import Cancel, Finished, Interrupted
 
 pytest.importorskip("fcntl", reason="no sh, tee and process groups here")
 assert sys.platform != "win32"
+from storebackends import _process_posix  # noqa: E402
 
 proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to look into")
 as_root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="not root")
