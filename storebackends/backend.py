@@ -73,9 +73,13 @@ class Entry:
         except OSError as error:
             raise StoreError(f"{self.record} cannot be read: {error.strerror}; look into the kernel's log") from error
 
+    def begin(self, record: Record) -> None:
+        """Write the first build.json of a folder that was just made. Raises OSError."""
+        record.begin(f"{self.folder}{os.sep}build.json")  # making a Path takes longer than writing the file
+
     def save(self, record: Record) -> None:
         """Write build.json, whole or not at all. Raises OSError."""
-        record.save(f"{self.folder}{os.sep}build.json")  # making a Path takes longer than writing the file
+        record.save(f"{self.folder}{os.sep}build.json")
 
     @property
     def log(self) -> Path:

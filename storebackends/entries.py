@@ -20,7 +20,7 @@ import secrets
 import stat
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -90,13 +90,13 @@ class EntryBackend(Backend):
 
     def rename(self, id: str) -> Entry:
         """See Backend.rename."""
-        entry, result = self._building(id), _entry(id, f"{self._results}{id}")
-        if os.path.lexists(result.folder):  # rename(2) would replace an empty folder
-            raise StoreError(f"cannot publish {id!r}: {result.folder} exists; only this store's locks keep it free")
+        entry, result = self._building(id), f"{self._results}{id}"
+        if os.path.lexists(result):  # rename(2) would replace an empty folder
+            raise StoreError(f"cannot publish {id!r}: {result} exists; only this store's locks keep it free")
         self.seal(entry)
-        os.rename(entry.folder, result.folder)
+        os.rename(entry.folder, result)
         del self._builds[id]
-        return result
+        return _entry(id, result)
 
     def result(self, id: str) -> Entry | None:
         """See Backend.result."""
@@ -207,12 +207,13 @@ class EntryBackend(Backend):
 
     def _make(self, entry: Entry, record: Record, clone: Callable[[Entry], None]) -> None:
         """Make the entry's folder, its record and then, by *clone*, its tree; or leave nothing of it."""
-        with ExitStack() as undo:
-            undo.callback(self._hide_and_remove, entry.folder)
+        try:
             os.mkdir(entry.folder, 0o700)
-            entry.save(record)
+            entry.begin(record)
             clone(entry)
-            undo.pop_all()  # the caller's from here
+        except BaseException:
+            self._hide_and_remove(entry.folder)
+            raise
 
     def _source(self, id: str) -> Entry:
         if (entry := self.result(check_id(id))) is None:

@@ -18,6 +18,29 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
 
 
+def test_the_first_record_goes_into_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "build.json"
+
+    RECORD.begin(str(path))
+
+    assert Record.load(path) == RECORD
+    with pytest.raises(FileExistsError):
+        RECORD.begin(str(path))
+
+
+@pytest.mark.parametrize("odd", [r'"\u2028\n\\\ud800"', "1e400", "NaN", "[1, null]", "true", "0"])
+def test_what_a_foreign_record_holds_is_written_as_json(tmp_path: Path, odd: str) -> None:
+    path = tmp_path / "build.json"
+    path.write_text(
+        f'{{"format": 1, "id": "a", "attempt": "0123", "pid": 0, "started": {odd}, "waits_for": ["b", "c"]}}'
+    )
+    before = json.dumps(json.loads(path.read_text()))
+
+    Record.load(path).save(path)
+
+    assert path.read_text().replace('"boot": "", ', "") == before
+
+
 def test_keys_of_a_later_version_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "build.json"
     path.write_text(json.dumps({"format": 1, "id": "a", "attempt": "0123", "colour": "blue"}))
