@@ -14,8 +14,8 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -161,14 +161,19 @@ def _inside(relative: str) -> list[str]:
     return [part for part in parts if part not in ("", ".")]
 
 
-@contextmanager
-def _explained(verb: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
+class _explained:  # noqa: N801 (as errors.explained, and for its reason)
+    def __init__(self, verb: str, path: Path) -> None:
+        self._verb, self._path = verb, path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not isinstance(error, OSError):
+            return
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise NoSpace(str(path), error.strerror or str(error)) from error
+            raise NoSpace(str(self._path), error.strerror or str(error)) from error
         where = ""
         if isinstance(error.filename, str) and error.filename:  # names in a tree hold anything, at any length
             where = f" at {'...' * (len(error.filename) > 200)}{error.filename[-200:]!r}"
-        raise StoreError(f"cannot {verb} {path}{where}: {error.strerror or error}") from error
+        raise StoreError(f"cannot {self._verb} {self._path}{where}: {error.strerror or error}") from error
