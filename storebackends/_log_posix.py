@@ -20,9 +20,9 @@ _pwrite: Callable[[int, memoryview, int], int] = getattr(os, "pwrite", _absent)
 
 
 class DupFd:
-    """Reads go through a descriptor of their own, opened with the log; only opening needs to know the path."""
+    """Reads go through a descriptor of their own, a copy of the writer's while there is one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         if not hasattr(os, "pread"):
             raise NotSupported("reading a log by descriptor", "an open file forbids a rename", "use PathReopen")
         self.path = path
@@ -30,7 +30,7 @@ class DupFd:
         self._place = threading.Lock()  # held while the path is followed or changes
 
     def create(self) -> None:
-        self._writer = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
+        self._writer = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o644)
 
     def write(self, data: memoryview, offset: int) -> int:
         return _pwrite(self._writer, data, offset)
@@ -42,7 +42,7 @@ class DupFd:
 
     def open(self) -> int:
         with self._place:
-            return os.open(self.path, os.O_RDONLY | _FLAGS)
+            return os.dup(self._writer) if self._writer >= 0 else os.open(self.path, os.O_RDONLY | _FLAGS)
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
         return _pread(handle, size, offset)

@@ -18,7 +18,7 @@ _FLAGS: int = sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O
 class PathReopen:
     """Each read opens the file where it is now, and closes it; a move waits for the read in flight, no other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = path
         self._writer = -1
         self._place = threading.Lock()  # held by a read or a move

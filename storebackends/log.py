@@ -5,8 +5,9 @@ Bytes in, the same bytes out, at offsets that never change; finish() fixes the l
     open -> finished -> closed      a build's log: create(), finish(), close()
     saved                           one that is on the disk already
 
-All readers of a log share one source: its file, and the chunks last read from it. The log keeps the source until
-close(), each reader until its end; whoever is last lets the descriptor go. How the file is read across a rename of its
+All readers of a log share one source: its file, and the chunks last read from it. It is there while there are readers;
+whoever is last lets the descriptor go. (The log of another process's build keeps it until close(), or it might lose
+the file before anybody reads.) How the file is read across a rename of its
 folder is the strategy's: by a descriptor that follows the inode, or by opening the path anew for each read.
 """
 
@@ -46,9 +47,9 @@ class Strategy(Protocol):
     A handle is what open() gave: a descriptor, or -1 where none is kept.
     """
 
-    path: Path
+    path: str | Path
 
-    def __init__(self, path: Path) -> None: ...
+    def __init__(self, path: str | Path) -> None: ...
 
     def create(self) -> None:
         """Create the file, which must not exist, and open it for writing."""
@@ -60,7 +61,7 @@ class Strategy(Protocol):
         """Close what create() opened. Idempotent; takes no lock, since a forked child calls it too."""
 
     def open(self) -> int:
-        """Get ready to read the file that is at the path now."""
+        """Get ready to read what create() made, or the file that is at the path now. Not while finish() is called."""
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """At most *size* bytes from *offset*; none where the file ends."""
@@ -79,7 +80,7 @@ NATIVE: type[Strategy] = PathReopen if sys.platform == "win32" else DupFd
 class Move:
     """Where the log went; see BuildLog.moving()."""
 
-    target: Path | None = None
+    target: str | Path | None = None
 
     def to(self, path: str | os.PathLike[str]) -> None:
         """Tell the log its new path."""
@@ -108,9 +109,7 @@ class BuildLog:
             file.create()
         except OSError as error:
             raise _failure("create", file.path, error) from error
-        log = cls(file, "open", 0)
-        log._kept = log._source()
-        return log
+        return cls(file, "open", 0)
 
     @classmethod
     def saved(
@@ -160,7 +159,8 @@ class BuildLog:
     @property
     def path(self) -> Path:
         """Where the log is now."""
-        return self._strategy.path
+        path = self._strategy.path
+        return path if isinstance(path, Path) else Path(path)
 
     @property
     def length(self) -> int:
@@ -259,9 +259,11 @@ class BuildLog:
             source = self._shared() if self._shared else None
             if source is None:
                 try:
-                    source = _Source(self._strategy, self._strategy.open())
+                    with self._writing:
+                        handle = self._strategy.open()
                 except OSError as error:
                     raise _failure("read", self.path, error) from error
+                source = _Source(self._strategy, handle)
                 self._shared = weakref.ref(source)
             return source
 
@@ -423,11 +425,13 @@ class _Waiters:
             gate.release()
 
 
-def _absolute(path: str | os.PathLike[str]) -> Path:
-    return (path if isinstance(path, Path) else Path(path)).absolute()
+def _absolute(path: str | os.PathLike[str]) -> str | Path:
+    if isinstance(path, str) and os.path.isabs(path):
+        return path  # a Path would cost more than the system call it is for
+    return Path(path).absolute()
 
 
-def _failure(verb: str, path: Path, error: OSError) -> StoreError:
+def _failure(verb: str, path: str | Path, error: OSError) -> StoreError:
     what = f"cannot {verb} the log {path}: {error.strerror or error}"
     if isinstance(error, FileNotFoundError):
         return NotFound(str(path), f"{what}; its build was deleted or its folder moved: ask the store for it by id")
