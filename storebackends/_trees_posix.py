@@ -156,14 +156,15 @@ def usage(path: Path) -> Usage:
 
 
 def remove(path: Path) -> None:
+    above, name = os.path.split(path)
     try:
-        parent = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        parent = os.open(above or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
         with Chain(parent, _open_writable) as chain:
             try:
-                _Remover(chain).remove(path.name)
+                _Remover(chain).remove(name)
             except OSError as error:
                 chain.locate(error, below=1)
                 raise
@@ -202,10 +203,18 @@ class _Remover:
         return True
 
     def _clear(self) -> list[str]:
-        """Unlink all but the folders here, and return those."""
+        """Remove all but the folders that hold something, and return those."""
         with os.scandir(self._chain.fd) as entries:
             found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        return [name for name, is_folder in found if is_folder or not self._unlink(name)]
+        return [name for name, is_folder in found if not (self._was_empty if is_folder else self._unlink)(name)]
+
+    def _was_empty(self, name: str) -> bool:
+        # An attempt costs a fraction of a look into it.
+        try:
+            os.rmdir(name, dir_fd=self._chain.fd)
+        except OSError:
+            return False  # entering it will say why, where it is not for what it holds
+        return True
 
     def _unlink(self, name: str) -> bool:
         try:

@@ -217,6 +217,10 @@ class Backend(ABC):
     def result(self, id: str) -> Entry | None:
         """Return what is published under *id*. A stat; starts no process. The tree itself is not looked at."""
 
+    def has(self, id: str) -> bool:
+        """Is there a result of *id*? As result(), for who wants to know no more."""
+        return self.result(id) is not None
+
     @abstractmethod
     def discard(self, id: str, attempt: str) -> None:
         """Remove a build that was not published, and all its resources: hidden first, reclaimed after. Idempotent."""

@@ -43,7 +43,7 @@ class EntryBackend(Backend):
         super().__init__(root, options, uuid)
         self.in_progress, self.results, self.trash = root / "in-progress", root / "result", root / "trash"
         self.loans, self.caches = root / "loans", root / "caches"
-        self._results = f"{self.results}{os.sep}"
+        self._results, self._trash = f"{self.results}{os.sep}", f"{self.trash}{os.sep}"  # a Path costs more than a stat
         self._builds: dict[str, Entry] = {}
 
     # The four verbs of a plugin.
@@ -107,6 +107,10 @@ class EntryBackend(Backend):
             return None
         return _entry(id, folder) if stat.S_ISDIR(found.st_mode) else None
 
+    def has(self, id: str) -> bool:
+        """See Backend.has."""
+        return os.path.isdir(f"{self._results}{id}")
+
     def discard(self, id: str, attempt: str) -> None:
         """See Backend.discard."""
         self._builds.pop(id, None)
@@ -114,7 +118,7 @@ class EntryBackend(Backend):
 
     def delete(self, id: str) -> None:
         """See Backend.delete."""
-        self._hide_and_remove(self.results / check_id(id))
+        self._hide_and_remove(f"{self._results}{check_id(id)}")
 
     def ids(self) -> Iterator[str]:
         """See Backend.ids. Foreign files are passed over."""
@@ -233,14 +237,14 @@ class EntryBackend(Backend):
         except KeyError:
             raise NotFound(id, f"no build of {id!r} was begun here: build() comes before rename()") from None
 
-    def _hide_and_remove(self, folder: Path) -> None:
+    def _hide_and_remove(self, folder: str | Path) -> None:
         # The name is new each time: a stray process may make the old path again while its grave is being emptied.
-        grave = self.trash / f"{folder.name}~{secrets.token_hex(4)}"
+        grave = f"{self._trash}{os.path.basename(folder)}~{secrets.token_hex(4)}"
         try:
             os.rename(folder, grave)  # hidden whole; a kill from here leaves only trash
         except FileNotFoundError:
             return
-        self.remove(grave)
+        self.remove(Path(grave))
 
 
 @lru_cache(1024)

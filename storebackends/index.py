@@ -197,7 +197,7 @@ class Index:
 
     def _reconcile(self, anew: bool = False) -> None:
         """Once, and after a failed write of any process: take in what the disk has and the index lacks."""
-        dirty = self._dirty.exists()
+        dirty = os.path.exists(self._dirty)
         if self._reconciled and not dirty and not anew:
             return
         self._reconciled = True

@@ -62,12 +62,12 @@ else:
 
 
 class _File:
-    """An open descriptor, and how often each byte is locked through it: an exclusive lock's own, or leases' shared."""
+    """An open descriptor, and how often each byte is locked through it: an exclusive lock's own, or shared."""
 
-    __slots__ = ("counts", "fd", "name", "stays")
+    __slots__ = ("counts", "fd", "name", "pool", "stays")
 
-    def __init__(self, name: str, fd: int, stays: bool) -> None:
-        self.name, self.fd, self.stays = name, fd, stays
+    def __init__(self, name: str, fd: int, pool: dict[str, _File] | None, stays: bool) -> None:
+        self.name, self.fd, self.pool, self.stays = name, fd, pool, stays
         self.counts: dict[int, int] = {}
 
 
@@ -208,6 +208,34 @@ class Waiter:
                     self._locks._close(self._file)
 
 
+class Keys:
+    """Takes the exclusive locks of many ids, one after the other: a context manager; what it opened serves the next.
+
+    Who watches a file is told that a lock of it is free at the end only: so these are to be held for moments.
+    """
+
+    def __init__(self, locks: Locks) -> None:
+        self._locks = locks
+        self._files: dict[str, _File] = {}
+
+    def try_work(self, id: str) -> Lock | None:
+        """See Locks.try_work()."""
+        return self._locks._take(self._locks._place("work", id), self._files, Lock)
+
+    def try_use(self, id: str) -> Lock | None:
+        """See Locks.try_use()."""
+        return self._locks._take(self._locks._place("use", id), self._files, Lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._locks._generation == _gate.generation:
+            with _gate:
+                for file in list(self._files.values()):
+                    self._locks._close(file)
+
+
 L = TypeVar("L", bound=Lock)
 T = TypeVar("T")
 
@@ -233,24 +261,28 @@ class Locks:
 
     def try_work(self, id: str) -> Lock | None:
         """The right to change what is kept under *id*; None if anybody has it, in this process or another."""
-        return self._take(self._place("work", id), False, Lock)
+        return self._take(self._place("work", id), None, Lock)
 
     def try_use(self, id: str) -> Lock | None:
         """The assurance that nobody leases *id*; None if anybody does, in this process or another."""
-        return self._take(self._place("use", id), False, Lock)
+        return self._take(self._place("use", id), None, Lock)
 
     def try_lease(self, id: str) -> Lease | None:
         """A share of *id*; None while somebody holds its `use` lock. Costs a few microseconds."""
-        return self._take(_place("use", id, self._strategy.per_id), True, Lease)
+        return self._take(_place("use", id, self._strategy.per_id), self._leases, Lease)
 
     def try_store(self, exclusive: bool) -> Lock | None:
         """The lock of the whole store, shared by all or held by one; None where that cannot be had now."""
-        return self._take(("store", 0), not exclusive, Lock)
+        return self._take(("store", 0), None if exclusive else self._leases, Lock)
 
     def work(self, id: str, *, cancelled: Callable[[], bool] = never, timeout: float | None = None) -> Lock | None:
         """Wait for `try_work`. None once cancelled() is true; TimeoutError after *timeout* seconds."""
         with self.waiter(id) as place:
             return _wait(place.try_work, cancelled, timeout, lambda: self._late(f"the lock of {id!r}", id))
+
+    def keys(self) -> Keys:
+        """A cheaper way to the locks of many ids in turn."""
+        return Keys(self)
 
     def waiter(self, id: str) -> Waiter:
         """A place from which to wait for `try_work`."""
@@ -289,26 +321,30 @@ class Locks:
     def _place(self, kind: str, id: str) -> Place:
         return _place(kind, id, self._strategy.per_id)
 
-    def _take(self, place: Place, shared: bool, cls: type[L]) -> L | None:
+    def _take(self, place: Place, pool: dict[str, _File] | None, cls: type[L]) -> L | None:
+        """Lock *place*, by a file of *pool* where that has it; shared if it is that of the leases."""
         name, offset = place
+        shared = pool is self._leases
         with _gate:
             self._check()
             try:
-                file = (self._leases.get(name) if shared else None) or self._open(name, shared)
-                if (count := file.counts.get(offset, 0)) or self._lock(file, offset, shared):
+                file = (pool.get(name) if pool else None) or self._open(name, pool)
+                count = file.counts.get(offset, 0)
+                if shared if count else self._lock(file, offset, shared):
                     file.counts[offset] = count + 1
                     return cls(self, file, offset)
             except OSError as error:
                 raise _explained(f"{self._folder}/{name}", error) from error
         return None
 
-    def _open(self, name: str, shared: bool = False) -> _File:
+    def _open(self, name: str, pool: dict[str, _File] | None = None) -> _File:
         # The 64 files of leases stay open: the next lease, which will not be long, is then a single system call.
-        file = _File(name, self._strategy.open(f"{self._folder}/{name}"), shared and not self._strategy.per_id)
-        _gate.descriptors.add(file.fd)
+        fd = self._strategy.open(f"{self._folder}/{name}")
+        file = _File(name, fd, pool, pool is not None and not self._strategy.per_id)
+        _gate.descriptors.add(fd)
         self._files.add(file)
-        if shared:
-            self._leases[name] = file
+        if pool is not None:
+            pool[name] = file
         return file
 
     def _lock(self, file: _File, offset: int, shared: bool) -> bool:
@@ -335,8 +371,8 @@ class Locks:
         for offset in file.counts:
             self._strategy.unlock(file.fd, offset)
         file.counts.clear()
-        if self._leases.get(file.name) is file:
-            del self._leases[file.name]
+        if file.pool and file.pool.get(file.name) is file:
+            del file.pool[file.name]
         self._files.discard(file)
         _gate.descriptors.discard(file.fd)
         os.close(file.fd)

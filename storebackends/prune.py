@@ -272,7 +272,7 @@ class Pruning:
     def _take(self, row: Row, need: str) -> None:
         try:
             with self._hold(row.id, len(self._refused) < _NAMED):
-                if self._backend.result(row.id) is None:
+                if not self._backend.has(row.id):
                     raise NotFound(row.id)
                 size = row.size or self._size_of(row.id)
                 if not self._dry_run:
@@ -318,7 +318,7 @@ class Pruning:
             self._backend.delete(row.id)
         except (StoreError, OSError) as error:
             log.warning("%s could not be deleted: %s", row.id, error)
-            if self._backend.result(row.id) is None:
+            if not self._backend.has(row.id):
                 raise NotFound(row.id) from error  # it is hidden at least: the next open tries again to reclaim it
             raise _Stays(f"could not be deleted: {error}") from error
 

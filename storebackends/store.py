@@ -23,7 +23,7 @@ from .fsck import Check, Report
 from .ids import check_id
 from .index import Index
 from .life import Function, Life
-from .locks import Lease, Lock, Locks
+from .locks import Keys, Lease, Lock, Locks
 from .log import BuildLog
 from .marker import Marker
 from .prune import LowWater, Plan, Policy, Pruning
@@ -383,8 +383,9 @@ class Store:
 
     def _prune(self, policy: Policy, *, all: bool = False, dry_run: bool = False) -> Plan:
         started = time.monotonic()
-        with explained("pruning", self._root):
-            pruning = Pruning(self._backend, self._index, self._unused, self.children, policy)
+        with explained("pruning", self._root), self._locks.keys() as keys:
+            hold = partial(self._unused, locks=keys)
+            pruning = Pruning(self._backend, self._index, hold, self.children, policy)
             plan = pruning.run(all=all, dry_run=dry_run)
         if plan.steps and not dry_run:
             ids, freed = tuple(step.id for step in plan.steps), plan.freed
@@ -393,10 +394,10 @@ class Store:
         return plan
 
     @contextmanager
-    def _unused(self, id: str, named: bool = True) -> Iterator[None]:
-        """Hold both locks of *id*. Raises Busy where anybody uses it, and if *named* says who."""
-        work = self._locks.try_work(id)
-        use = work and self._locks.try_use(id)
+    def _unused(self, id: str, named: bool = True, locks: Keys | None = None) -> Iterator[None]:
+        """Hold both locks of *id*, by *locks*. Raises Busy where anybody uses it, and if *named* says who."""
+        work = (locks or self._locks).try_work(id)
+        use = work and (locks or self._locks).try_use(id)
         try:
             if use is None:
                 if work:

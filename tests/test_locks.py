@@ -456,3 +456,44 @@ def test_folder_that_is_gone_is_explained(locks: Locks, tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match=r"cannot lock .*; check that you may write there"):
         locks.try_lease("app")
+
+
+class TestKeys:
+    def test_exclude_all_others_and_one_another(self, locks: Locks) -> None:
+        with locks.keys() as keys, locks.keys() as others:
+            work, use = keys.try_work("app"), keys.try_use("app")
+
+            assert work is not None
+            assert use is not None
+            assert [keys.try_work("app"), others.try_work("app"), locks.try_work("app")] == [None] * 3
+            assert [keys.try_use("app"), others.try_use("app"), locks.try_lease("app")] == [None] * 3
+            assert keys.try_work("other") is not None
+
+    def test_let_go_of_each_lock_by_itself_and_of_all_at_the_end(self, locks: Locks) -> None:
+        with locks.keys() as keys:
+            first, second = keys.try_work("a"), keys.try_work("b")
+            assert first is not None
+            first.release()
+            assert locks.try_work("a") is not None
+            assert locks.try_work("b") is None
+        assert second is not None
+        assert locks.try_work("b") is not None
+        second.release()  # too late, and harmless: it is another's now
+        assert locks.try_work("b") is not None
+
+    def test_are_refused_what_is_leased(self, locks: Locks) -> None:
+        with locks.lease("app"), locks.keys() as keys:
+            assert keys.try_use("app") is None
+        with locks.keys() as keys:
+            assert keys.try_use("app") is not None
+
+    @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc here")
+    def test_of_many_ids_take_few_descriptors_and_leave_none(self, locks: Locks) -> None:
+        before = descriptors()
+        with locks.keys() as keys:
+            for number in range(1000):
+                work = keys.try_work(f"app-{number}")
+                assert work is not None
+                work.release()
+            assert descriptors() - before <= 64
+        assert descriptors() == before
