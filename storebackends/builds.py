@@ -2,13 +2,16 @@
 
 Callers of one id share one `Running`: one run of the function, one log, one outcome. It is cancelled when the last of
 them has gone. A wait that would close a circle is an error, not a deadlock.
+
+A circle goes through builds, by id, and through caches in mode "locked", as cache/NAME. A build waits for what its
+function waits for; a cache waits for the build that has it locked, or, where that is none, for what its borrower does.
 """
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -26,6 +29,8 @@ _FREE = nullcontext()
 """Around the waits of those who are in no build's function."""
 _current: ContextVar[Running | None] = ContextVar("storebackends_build", default=None)
 """The build whose function this thread is in."""
+_borrower: ContextVar[Waiter | None] = ContextVar("storebackends_borrower", default=None)
+"""The first cache that this thread has locked, outside of any build's function."""
 
 
 def current() -> Running:
@@ -35,17 +40,24 @@ def current() -> Running:
     return running
 
 
-class Running:
-    """One build, from the first caller's request until its outcome is known."""
+class Waiter:
+    """What waits for others while others wait for it: a build, or a cache that was locked outside of one."""
 
     def __init__(self, id: str) -> None:
         self.id = id
-        self.cancel = Cancel()
-        self.callers = 1
         self.waits_for: list[str] = []
         self.note: Callable[[tuple[str, ...]], None] | None = None
-        """Writes into the build's record what it waits for, while there is one to write to."""
+        """Writes into its record what it waits for, while there is one to write to."""
         self.noted: tuple[str, ...] = ()
+
+
+class Running(Waiter):
+    """One build, from the first caller's request until its outcome is known."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(id)
+        self.cancel = Cancel()
+        self.callers = 1
         self.signal: Signal | None = None
         self.outcome = "built"
         self.error: BaseException | None = None
@@ -127,10 +139,12 @@ class Running:
 class Builds:
     """The table of one open store."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, locked_by: Callable[[str], Iterable[str]]) -> None:
+        """*locked_by* says what a cache (cache/NAME) that is locked, in whatever process, waits for."""
+        self._root, self._locked_by = root, locked_by
         self._lock = threading.Lock()
         self._table: dict[str, Running] = {}
+        self._borrowers: set[Waiter] = set()
         self._closed = False
 
     def join(self, id: str) -> tuple[Running, bool]:
@@ -185,12 +199,40 @@ class Builds:
             _current.reset(token)
 
     def waiting(self, id: str) -> AbstractContextManager[None]:
-        """Around every wait for the build of *id*. Raises Busy where it would wait for itself, in whatever process."""
-        waiter = _current.get()
+        """Around every wait for the build, or the locked cache, *id*.
+
+        Raises Busy where it would wait for itself, in whatever process.
+        """
+        waiter = self._waiter()
         return self._waiting(waiter, id) if waiter else _FREE
 
+    def borrower(self) -> str | None:
+        """Who it is that locks a cache now: the build that this thread is in, or the cache that it locked before."""
+        waiter = self._waiter()
+        return waiter.id if waiter else None
+
     @contextmanager
-    def _waiting(self, waiter: Running, id: str) -> Iterator[None]:
+    def borrowing(self, cache: str, note: Callable[[tuple[str, ...]], None]) -> Iterator[None]:
+        """While this thread, being nobody that others could wait for, has *cache* locked: now it is that."""
+        waiter = Waiter(cache)
+        waiter.note = note
+        with self._lock:
+            self._borrowers.add(waiter)
+        _borrower.set(
+            waiter
+        )  # never reset, since the loan may end in another context; it counts while it is in the set
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._borrowers.discard(waiter)
+
+    def _waiter(self) -> Waiter | None:
+        borrower = _borrower.get()
+        return _current.get() or (borrower if borrower in self._borrowers else None)
+
+    @contextmanager
+    def _waiting(self, waiter: Waiter, id: str) -> Iterator[None]:
         with self._lock:
             waiter.waits_for.append(id)
             # Told before it is asked: of two processes that close a circle at once, one at least sees it.
@@ -210,21 +252,21 @@ class Builds:
             running.note = None
 
     def _tell(self) -> None:
-        for running in self._table.values():
-            waits = self._reached(running.id)
-            if running.note and waits != running.noted:
-                running.noted = waits
-                running.note(waits)
+        for waiter in (*self._table.values(), *self._borrowers):
+            waits = self._reached(waiter)
+            if waiter.note and waits != waiter.noted:
+                waiter.noted = waits
+                waiter.note(waits)
 
-    def _reached(self, id: str) -> tuple[str, ...]:
-        """All that the build of *id* waits for in this process, directly or through other builds here."""
+    def _reached(self, waiter: Waiter) -> tuple[str, ...]:
+        """All that it waits for in this process, directly or through other builds here."""
         reached: list[str] = []
-        stack = [id]
+        stack: list[Waiter | None] = [waiter]
         while stack:
-            running = self._table.get(stack.pop())
-            new = [next_id for next_id in running.waits_for if next_id not in reached] if running else []
-            reached += new
-            stack += new
+            if one := stack.pop():
+                new = [id for id in one.waits_for if id not in reached]
+                reached += new
+                stack += [self._table.get(id) for id in new]
         return tuple(reached)
 
     def _path(self, start: str, goal: str, seen: tuple[str, ...]) -> tuple[str, ...] | None:
@@ -232,12 +274,15 @@ class Builds:
             return (*seen, start)
         if start in seen:
             return None
-        running = self._table.get(start)
-        paths = (
-            self._path(next_id, goal, (*seen, start))
-            for next_id in (*(running.waits_for if running else ()), *waits_of(self._root, start))
-        )
+        paths = (self._path(next_id, goal, (*seen, start)) for next_id in self._next(start))
         return next((path for path in paths if path), None)
+
+    def _next(self, id: str) -> Iterable[str]:
+        """What the build or the cache *id* waits for, in this process or another."""
+        if "/" in id:
+            return self._locked_by(id)
+        running = self._table.get(id)
+        return (*(running.waits_for if running else ()), *waits_of(self._root, id))
 
 
 class Build:

@@ -11,6 +11,8 @@ that of an id, since no id has a slash:
     lease of cache/NAME/GEN      loans were cloned from it, so it stays though a newer one has come
     `work` of loan/ATTEMPT       the borrower lives
     `work` of cache/NAME         there is a borrower in mode "locked"
+
+The record of such a borrower's loan says what others who wait for the cache wait for with that: see builds.py.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self, get_args
 
 from .backend import Backend, CacheEntry, Size
+from .builds import Builds
 from .durability import Durability, unsynced
 from .errors import Busy, NotSupported, StoreError, explained
+from .following import note_waits
 from .ids import check_id, new_attempt
 from .locks import Lock, Locks, never
 from .records import Record
@@ -85,7 +90,7 @@ class Loan:
         if self.path.is_symlink() or not self.path.is_dir():
             raise StoreError(f"the cache {self._entry.id!r} is not given back: {self.path} was removed or replaced")
         with explained(f"giving back the cache {self._entry.id!r}", self._backend.root):
-            record = replace(self._entry.read(), finished=time.time())
+            record = replace(self._entry.read(), finished=time.time(), waits_for=())
             record.save(self._entry.record)
             self._durability.before_rename(self._entry, self.path, self._backend.seals_durably)
             installed = self._backend.cache_install(self._entry, self._becomes)
@@ -116,8 +121,9 @@ class Loan:
 class Caches:
     """The caches of one open store."""
 
-    def __init__(self, backend: Backend, locks: Locks, durability: Durability, boot: str) -> None:
+    def __init__(self, backend: Backend, locks: Locks, durability: Durability, boot: str, builds: Builds) -> None:
         self._backend, self._locks, self._durability, self._boot = backend, locks, durability, boot
+        self._builds = builds
 
     def borrow(
         self,
@@ -125,11 +131,13 @@ class Caches:
         mode: Mode = "shared",
         owner: tuple[int, int] | None = None,
         cancelled: Callable[[], bool] = never,
+        build: str | None = None,
     ) -> Loan:
         """Lend a private copy of the newest generation of *name*, or, of a new cache, an empty folder of *owner*.
 
-        Mode "locked" waits until it is the only one of that mode. Raises StoreError once cancelled() is true meanwhile,
-        Busy where the wait could be for oneself, NotSupported where no folder of this host can show the copy.
+        *build* is the id of the build that borrows it. Mode "locked" waits until it is the only one of that mode.
+        Raises StoreError once cancelled() is true meanwhile, Busy where the wait could be for oneself, NotSupported
+        where no folder of this host can show the copy.
         """
         check_id(name)
         if mode not in MODES:
@@ -141,7 +149,7 @@ class Caches:
             held.enter_context(self._locks.lease(_lent(name)))
             with explained(f"borrowing the cache {name!r}", self._backend.root):
                 source = self._newest(name, held)
-                entry = self._clone(name, source, held)
+                entry = self._clone(name, source, held, mode == "locked", build or self._builds.borrower())
                 path = self._backend.tree(entry)
                 if source is None and owner is not None:
                     _give_to(path, owner)
@@ -182,7 +190,10 @@ class Caches:
             has = ", ".join(repr(other) for _, other in mine)
             reason = f"it is lent, and waiting for it with {has} locked could last for ever: lock in the order of names"
             raise Busy(name, reason, self._locks.holders(_lent(name)))
-        if lock is None and (lock := self._locks.work(_lent(name), cancelled=cancelled)) is None:
+        if lock is None:
+            with self._builds.waiting(_lent(name)):
+                lock = self._locks.work(_lent(name), cancelled=cancelled)
+        if lock is None:
             raise StoreError(f"the cache {name!r} was waited for until the build was cancelled or the store closed")
         held.enter_context(lock)
         mine.append(key)
@@ -199,8 +210,11 @@ class Caches:
             lease.release()  # a newer one came, and this one went before it was leased
         return None
 
-    def _clone(self, name: str, source: CacheEntry | None, held: ExitStack) -> CacheEntry:
-        record = Record(name, new_attempt(), boot=self._boot, pid=os.getpid(), started=time.time())
+    def _clone(
+        self, name: str, source: CacheEntry | None, held: ExitStack, locked: bool, borrower: str | None
+    ) -> CacheEntry:
+        waits = (borrower,) if locked and borrower else ()
+        record = Record(name, new_attempt(), boot=self._boot, pid=os.getpid(), started=time.time(), waits_for=waits)
         lives = self._locks.try_work(_borrower(record.attempt))
         assert lives is not None  # noqa: S101 (nobody else knows the attempt)
         held.enter_context(lives)
@@ -208,10 +222,12 @@ class Caches:
             os.utime(source.folder)  # its last use
         entry = self._backend.cache_clone(source, record)
         held.callback(_drop, self._backend, entry)
+        if locked and not borrower:
+            held.enter_context(self._builds.borrowing(_lent(name), partial(note_waits, entry, record)))
         return entry
 
     def _info(self, name: str) -> Iterator[CacheInfo]:
-        loans = list(self._loans(name))
+        loans = list(_loans(self._backend, self._locks, name))
         with ExitStack() as held:
             newest = self._newest(name, held)
             size = self._backend.cache_size(newest) if newest else Size(0, exact=True)
@@ -219,12 +235,19 @@ class Caches:
             if times:  # else a borrower died, and the first one
                 yield CacheInfo(name, _number(newest), size, max(times), tuple(sorted(loan.pid for loan in loans)))
 
-    def _loans(self, name: str) -> Iterator[Record]:
-        """The records of the loans whose borrowers live."""
-        for entry in self._backend.cache_list(name):
-            if not entry.generation and not _is_free(self._locks.try_work(_borrower(entry.attempt))):
-                with suppress(StoreError):  # it ended meanwhile
-                    yield entry.read()
+
+def locked_by(backend: Backend, locks: Locks, cache: str) -> Iterator[str]:
+    """What ends before *cache* (cache/NAME) is free: the build that has it locked, or what its borrower waits for."""
+    for loan in _loans(backend, locks, cache.partition("/")[2]):
+        yield from loan.waits_for
+
+
+def _loans(backend: Backend, locks: Locks, name: str) -> Iterator[Record]:
+    """The records of the loans whose borrowers live."""
+    for entry in backend.cache_list(name):
+        if not entry.generation and not _is_free(locks.try_work(_borrower(entry.attempt))):
+            with suppress(StoreError):  # it ended meanwhile
+                yield entry.read()
 
 
 # What opening a store does with what it finds.

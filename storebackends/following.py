@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from .backend import Entry
@@ -73,6 +74,13 @@ def attempt_of(root: Path, id: str) -> str | None:
     prefix = f"{id}~"
     names = [name for name in os.listdir(root / "in-progress") if name.startswith(prefix)]
     return names[0].removeprefix(prefix) if names else None
+
+
+def note_waits(entry: Entry, record: Record, waits_for: tuple[str, ...]) -> None:
+    """Write into *record*, that of *entry*, what its builder or borrower waits for."""
+    # Another process may miss a circle for want of it, and wait until somebody cancels; all else is well.
+    with suppress(OSError):
+        replace(record, waits_for=waits_for).save(entry.record)
 
 
 def waits_of(root: Path, id: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from .durability import Durability
 from .errors import BaseNotFound, BuildFailed, Cancelled, NotFound, StoreError, explained
 from .events import Events
 from .failures import Failures
+from .following import note_waits
 from .ids import new_attempt
 from .index import Index
 from .locks import Locks
@@ -101,7 +102,7 @@ class Life:
             self._index.add(record.id, record.attempt, record.base)
         with explained(f"beginning the build of {record.id!r}", self._root):
             entry = self._backend.build(record.id, record.base, record.attempt, record)
-        running.note = partial(_note_waits, entry, record)
+        running.note = partial(note_waits, entry, record)
         try:
             self._fill(running, entry, fn)
             self._publish(running, entry, record)
@@ -199,12 +200,6 @@ class Life:
         if (entry := self._backend.result(id)) is None:
             raise NotFound(id)
         return entry
-
-
-def _note_waits(entry: Entry, record: Record, waits_for: tuple[str, ...]) -> None:
-    # Another process may miss a circle for want of it, and wait until somebody cancels; the build itself is well.
-    with suppress(OSError):
-        replace(record, waits_for=waits_for).save(entry.record)
 
 
 def _is_folder(path: Path) -> bool:

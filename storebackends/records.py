@@ -38,7 +38,7 @@ class Record:
     reason: str | None = None  # why there is no result, as the caller was told
     log_length: int | None = None  # in bytes, fixed when the log was finished
     digest: str | None = None  # of the tree as it was published, where the store keeps that (see digests.py)
-    waits_for: tuple[str, ...] = ()  # the ids whose builds its function waits for, so that a circle can be seen
+    waits_for: tuple[str, ...] = ()  # the builds and locked caches it waits for, so that a circle can be seen
 
     def begin(self, path: str) -> None:
         """Write the record to *path*, where there must be none; killed midway, it leaves a torn one. Raises OSError."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .backend import Backend, Capability, Entry, Size, Usage
 from .builds import Build, Builds, Running
-from .caches import CacheInfo, Caches, Mode
+from .caches import CacheInfo, Caches, Mode, locked_by
 from .durability import Durability
 from .errors import Busy, NotFound, StoreError, explained
 from .events import Attached, Event, Events, Hit, Listener, Pruned
@@ -56,13 +56,13 @@ class Store:
         except BaseException:
             self._durability.abandon()
             raise
-        self._caches = Caches(backend, locks, self._durability, marker.boot)
+        self._builds = Builds(root, partial(locked_by, backend, locks))
+        self._caches = Caches(backend, locks, self._durability, marker.boot, self._builds)
         self._detach_barrier = detach_barrier
         self.prune_policy: Policy | None = None
         """What prune() goes by where it is not told; with a min_free, builds prune first where less is free."""
         self._low_water = LowWater()
         self._events = events
-        self._builds = Builds(root)
         self._life = Life(
             backend,
             marker.boot,
@@ -227,7 +227,7 @@ class Store:
         A new cache is an empty folder of *owner*. With "shared" the first to give back wins, and the copies of those
         who borrowed meanwhile are dropped; "private" is never given back; "locked" waits for other "locked" ones. What
         a block that raises did to its copy is dropped. Raises InvalidId, NotSupported, NoSpace, or Busy for a wait that
-        could be for oneself.
+        could be for oneself, in whatever process.
         """
         self._check_open()
         with self._caches.borrow(name, mode, owner, self._closed.is_set) as loan:

@@ -79,7 +79,7 @@ class Workspace:
         """
         self._check()
         if (name, mode) not in self._loans:
-            self._loans[name, mode] = self._caches.borrow(name, mode, owner, self._cancel.is_set)
+            self._loans[name, mode] = self._caches.borrow(name, mode, owner, self._cancel.is_set, self.id)
         return self._loans[name, mode].path
 
     def run(

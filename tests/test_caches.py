@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,185 @@ def test_locking_a_cache_twice_is_no_deadlock(store: Store) -> None:
         pass
     with store.cache("c", "locked"):
         pass
+
+
+# Circles of waits: "r" has the cache locked and waits for the build "x", which wants the cache.
+
+
+def holds(store: Store, root: Path) -> None:
+    """Build "r"."""
+
+    def fn(work: Workspace) -> None:
+        work.cache("c", "locked")
+        reached(root, "holds")
+        until(lambda: Path(f"{root}.r").exists())
+        store.build("x", writes(f="1")).release()
+
+    store.build("r", fn).release()
+
+
+def borrows(store: Store, root: Path) -> None:
+    """Do the same in no build."""
+    with store.cache("c", "locked"):
+        reached(root, "holds")
+        until(lambda: Path(f"{root}.r").exists())
+        store.build("x", writes(f="1")).release()
+
+
+def wants(store: Store, root: Path) -> None:
+    """Build "x"."""
+
+    def fn(work: Workspace) -> None:
+        reached(root, "wants")
+        until(lambda: Path(f"{root}.x").exists())
+        work.cache("c", "locked")
+
+    store.build("x", fn).release()
+
+
+def waits_of(root: Path, record: str) -> list[str]:
+    """What is noted in the record of a build or of a loan."""
+    found = [path.read_text() for path in root.glob(f"{record}~*/build.json")]
+    return [name for text in found for name in json.loads(text).get("waits_for", ())]
+
+
+def reached(root: Path, what: str) -> None:
+    Path(f"{root}.{what}").touch()
+
+
+PART = """if True:
+    import sys, storebackends, tests.test_caches as test
+    root = test.Path(sys.argv[1])
+    with test.open_copy(root) as store:
+        print(test.outcome(getattr(test, sys.argv[2]), store, root))
+"""
+
+
+def outcome(part: Callable[[Store, Path], None], store: Store, root: Path) -> str:
+    try:
+        part(store, root)
+    except StoreError as error:
+        return str(error)
+    return "done"
+
+
+class Circle:
+    """Two parts, each in a process or in a thread of its own, at a point where one waits for the word."""
+
+    def __init__(self, root: Path, holder: str, elsewhere: bool) -> None:
+        self._root, self._threads = root, ThreadPoolExecutor()
+        with ExitStack() as undo:
+            self._store = undo.enter_context(open_copy(root))
+            undo.callback(self._threads.shutdown)
+            self._ends = [self._begin(globals()[holder]), self._begin(wants, elsewhere)]
+            self._undo = undo.pop_all()
+        for what in ("holds", "wants"):
+            until(lambda what=what: Path(f"{root}.{what}").exists())  # type: ignore[misc]
+
+    def _begin(self, part: Callable[[Store, Path], None], elsewhere: bool = False) -> Callable[[], str]:
+        if elsewhere:
+            child = python(PART, self._root, part.__name__)
+            return lambda: child.communicate(timeout=WAIT)[0].decode().strip()
+        return self._threads.submit(outcome, part, self._store, self._root).result
+
+    def close(self, first: str, record: str, waits: str) -> tuple[str, str]:
+        """Let *first* wait; once *record* says that it *waits*, the other. What came of the holder, and of "x"."""
+        reached(self._root, first)
+        until(lambda: waits in waits_of(self._root, record))
+        reached(self._root, "x" if first == "r" else "r")
+        with self._undo:
+            return self._ends[0](), self._ends[1]()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["in one process", "in two"])
+class TestACircleThroughALockedCache:
+    def test_is_seen_by_the_build_that_has_it(self, tmp_path: Path, elsewhere: bool) -> None:
+        circle = Circle(tmp_path / "store", "holds", elsewhere)
+
+        holder, wanter = circle.close("x", "in-progress/x", "cache/c")
+
+        assert "'r' is busy: it would wait for itself: r -> x -> cache/c -> r" in holder
+        assert wanter == "done"
+
+    def test_is_seen_by_the_build_that_wants_it(self, tmp_path: Path, elsewhere: bool) -> None:
+        circle = Circle(tmp_path / "store", "holds", elsewhere)
+
+        holder, wanter = circle.close("r", "in-progress/r", "x")
+
+        assert "'x' is busy: it would wait for itself: x -> cache/c -> r -> x" in wanter
+        assert "build of 'x' failed" in holder
+
+    def test_is_seen_by_who_has_it_in_no_build(self, tmp_path: Path, elsewhere: bool) -> None:
+        circle = Circle(tmp_path / "store", "borrows", elsewhere)
+
+        holder, wanter = circle.close("x", "in-progress/x", "cache/c")
+
+        assert "'cache/c' is busy: it would wait for itself: cache/c -> x -> cache/c" in holder
+        assert wanter == "done"
+
+    def test_is_seen_by_the_build_that_wants_it_of_who_is_in_none(self, tmp_path: Path, elsewhere: bool) -> None:
+        circle = Circle(tmp_path / "store", "borrows", elsewhere)
+
+        holder, wanter = circle.close("r", "loans/c", "x")
+
+        assert "'x' is busy: it would wait for itself: x -> cache/c -> x" in wanter
+        assert "build of 'x' failed" in holder
+
+
+def test_a_wait_for_a_build_that_waits_for_a_cache_of_others_is_no_circle(store: Store, tmp_path: Path) -> None:
+    lent, waits = threading.Event(), threading.Event()
+
+    def lends() -> None:
+        with store.cache("theirs", "locked"):
+            lent.set()
+            assert waits.wait(WAIT)
+
+    def part(work: Workspace) -> None:
+        work.cache("theirs", "locked")
+
+    def whole(work: Workspace) -> None:
+        work.cache("mine", "locked")
+        store.build("part", part).release()
+
+    lender = threading.Thread(target=lends)
+    lender.start()
+    assert lent.wait(WAIT)
+    build = store.start("whole", whole)
+    until(lambda: waits_of(store.root, "in-progress/whole") == ["part", "cache/theirs"])
+    waits.set()
+
+    build.wait(WAIT).release()
+    lender.join()
+
+
+@pytest.mark.parametrize("borrower", ["locked"], indirect=True)
+def test_what_a_killed_borrower_left_closes_no_circle(tmp_path: Path, borrower: subprocess.Popen[bytes]) -> None:
+    root = tmp_path / "store"
+    with open_copy(root) as store:
+        (left,) = (root / "loans").glob("c~*/build.json")
+        record = json.loads(left.read_text())
+        left.write_text(json.dumps({**record, "waits_for": ["r"]}))  # as if it had been a build of "r"
+        borrower.kill()
+        borrower.wait()
+        lent, go = threading.Event(), threading.Event()
+
+        def lends() -> None:
+            with store.cache("c", "locked"):
+                lent.set()
+                assert go.wait(WAIT)
+
+        lender = threading.Thread(target=lends)
+        lender.start()
+        assert lent.wait(WAIT)
+        wanter = store.start("x", lambda work: work.cache("c", "locked"))
+        until(lambda: waits_of(root, "in-progress/x") == ["cache/c"])
+        waiter = store.start("r", lambda work: store.build("x", writes(f="1")).release())
+        until(lambda: "x" in waits_of(root, "in-progress/r"))
+        go.set()
+
+        for build in (wanter, waiter):
+            build.wait(WAIT).release()
+        lender.join()
 
 
 def test_a_cache_locked_in_another_context_of_a_build_is_no_deadlock(store: Store) -> None:
