@@ -20,7 +20,7 @@ from .following import Followed, attempt_of
 from .locks import Lock, Locks
 from .log import BuildLog
 from .recovery import discard_dead
-from .watching import NET, POLL, Signal
+from .watching import POLL, Signal
 
 
 class Sharing:
@@ -116,7 +116,7 @@ class Sharing:
                     if followed and _is_ours(followed[-1]):
                         return None
                     _check(running)
-                    signal.wait(NET if followed and followed[-1].outcome is None else POLL)
+                    signal.wait(None if followed and followed[-1].outcome is None else POLL)
             with ExitStack() as undo:
                 undo.callback(work.release)
                 if followed and not _is_ours(followed[-1]):

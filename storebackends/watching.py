@@ -23,6 +23,8 @@ POLL = 0.05
 """Seconds between two looks where the platform tells of no change."""
 NET = 2.0
 """Seconds after which one looks again all the same where it does."""
+LOOKS = 50
+"""So many of these a second are enough for all who wait in a process: the more they are, the more seldom each looks."""
 PACE = 0.01
 """Seconds in which changes gather, after one that was told of at once."""
 
@@ -53,9 +55,14 @@ class Signal:
         """Wake the waiter now, from any thread."""
         self._event.set()
 
-    def wait(self, longest: float = NET) -> None:
+    def wait(self, longest: float | None = None) -> None:
         """Return at a change since the last call, or for another look; at most *longest* seconds later."""
-        self._event.wait(min(longest, NET if self._told else POLL))
+        _asleep.add(self)
+        try:
+            due = max(NET, len(_asleep) / LOOKS) if self._told else POLL
+            self._event.wait(due if longest is None else min(longest, due))
+        finally:
+            _asleep.discard(self)
         self._event.clear()
 
     def close(self) -> None:
@@ -68,6 +75,9 @@ class Signal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+_asleep: set[Signal] = set()
 
 
 class _Watcher:
@@ -106,6 +116,7 @@ class _Watcher:
         """In a forked child: the thread is not there, and the descriptor is the parent's."""
         descriptor, lost = self._descriptor, self._signals
         self.__init__()  # type: ignore[misc]
+        _asleep.clear()
         if descriptor is not None:
             os.close(descriptor)
         for signals in lost.values():

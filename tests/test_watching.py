@@ -4,6 +4,7 @@ import os
 import signal as signals
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from storebackends import watching
 from storebackends.watching import Signal
 from tests.capabilities import needs
-from tests.stores import WAIT, descriptors
+from tests.stores import WAIT, descriptors, until
 
 
 @pytest.fixture
@@ -108,3 +109,25 @@ def test_a_forked_child_polls_what_its_parent_watches(tmp_path: Path) -> None:
             signal.close()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs inotify")
+@pytest.mark.usefixtures("patient")
+def test_the_more_wait_the_more_seldom_each_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "LOOKS", 0.01)
+    due: list[float | None] = []
+    (tmp_path / "f").touch()
+
+    with ExitStack() as undo:
+        signals = [undo.enter_context(Signal([tmp_path / "f"])) for _ in range(4)]
+        threads = [woken_by(signal) for signal in signals[1:]]
+        until(lambda: len(watching._asleep) == len(threads))
+        monkeypatch.setattr(signals[0]._event, "wait", due.append)
+        signals[0].wait()
+        signals[0].wait(1)
+        for signal in signals[1:]:
+            signal.set()
+        assert all(ended(thread) for thread in threads)
+
+    assert due == [400, 1]
+    assert not watching._asleep

@@ -16,7 +16,7 @@ from tests.stores import open_copy
 from .harness import Case, scratch
 
 PROCESSES, THREADS = 4, 250
-WATCHED = 4.0
+WATCHED = 10.0
 """Seconds over which the cost of waiting is counted: two nets of those who poll."""
 
 _WAITER = """
