@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ._log_windows import Turnstile
 from .errors import NotSupported
 
 # A build can put a link or a FIFO in a log's place; neither may be followed or waited for.
@@ -22,7 +23,9 @@ _pwrite: Callable[[int, memoryview, int], int] = getattr(os, "pwrite", _absent)
 class DupFd:
     """Reads go through a descriptor of their own, a copy of the writer's while there is one."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self, path: str | Path, turnstile: Turnstile | None = None
+    ) -> None:  # nobody has to wait his turn here
         if not hasattr(os, "pread"):
             raise NotSupported("reading a log by descriptor", "an open file forbids a rename", "use PathReopen")
         self.path = path

@@ -8,18 +8,32 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol
+
+from . import renames
 
 # Windows would translate line ends. A build can put a link or a FIFO in a log's place: neither followed nor waited for.
 _FLAGS: int = sum(getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
-class PathReopen:
-    """Each read opens the file where it is now, and closes it; a move waits for the read in flight, no other."""
+class Turnstile(Protocol):
+    """What processes that read one log pass one by one, and who moves it holds."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
+    def reading(self) -> AbstractContextManager[None]: ...
+
+    def moving(self) -> AbstractContextManager[None]: ...
+
+
+class PathReopen:
+    """Each read opens the file where it is now, and closes it; a move waits for the read in flight, no other.
+
+    *turnstile* does for the processes of a host what the two locks here do for threads.
+    """
+
+    def __init__(self, path: str | Path, turnstile: Turnstile | None = None) -> None:
+        self.path, self._turns = path, turnstile
         self._writer = -1
         self._place = threading.Lock()  # held by a read or a move
         # A read passes it, a move holds it: so no read overtakes a move that waits.
@@ -45,12 +59,13 @@ class PathReopen:
         with self._turnstile:
             self._place.acquire()
         try:
-            file = os.open(self.path, os.O_RDONLY | _FLAGS)
-            try:
-                os.lseek(file, offset, os.SEEK_SET)
-                return os.read(file, size)
-            finally:
-                os.close(file)
+            with self._turns.reading() if self._turns else nullcontext():
+                file = _open(self.path, os.O_RDONLY | _FLAGS)
+                try:
+                    os.lseek(file, offset, os.SEEK_SET)
+                    return os.read(file, size)
+                finally:
+                    os.close(file)
         finally:
             self._place.release()
 
@@ -59,5 +74,8 @@ class PathReopen:
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        with self._turnstile, self._place:
+        with self._turnstile, self._place, self._turns.moving() if self._turns else nullcontext():
             yield
+
+
+_open = renames.patiently(os.open)  # its folder may just be on its way

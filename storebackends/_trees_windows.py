@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from . import renames
 from .backend import Capability, Usage
 from .errors import NotSupported
 
@@ -83,7 +84,7 @@ def _forced(verb: Callable[[str], None], name: str) -> None:
         pass
     except PermissionError:
         os.chmod(name, stat.S_IREAD | stat.S_IWRITE)  # the read-only attribute forbids removal here
-        verb(name)
+        renames.patiently(verb)(name)
 
 
 def _walk(top: str) -> Iterator[tuple[str, bool]]:

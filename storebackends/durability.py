@@ -35,10 +35,10 @@ PAUSE = 2.0  # seconds between a publication and the barrier that covers it and 
 
 def boot_id() -> str:
     """The kernel's id of the running boot, or "" where it tells none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""
 
 
 @functools.cache
@@ -70,12 +70,12 @@ class Durability:
             self.barrier() if self._descriptors else _flush(entry.folder, tree)
         _touch(entry.synced)
         _fsync(entry.synced)
-        _fsync(entry.folder)
+        _fsync_folder(entry.folder)
 
     def published(self, entry: Entry, attempt: str) -> None:
         """Called after the rename."""
         if self._mode == "full":
-            _fsync(entry.folder.parent)
+            _fsync_folder(entry.folder.parent)
         if self._mode == "group" and self._descriptors:
             with self._wake:
                 self._pending[entry.folder] = attempt
@@ -218,12 +218,19 @@ def _touch(path: Path | str, dir_fd: int | None = None) -> None:
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=dir_fd))
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _fsync(file: Path) -> None:
+    # Windows flushes only what is open for writing.
+    descriptor = os.open(file, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync_folder(folder: Path) -> None:
+    # Windows has no call for it: NTFS keeps a journal of names.
+    if sys.platform != "win32":
+        _fsync(folder)
 
 
 def _flush(folder: Path, tree: Path | None) -> None:
@@ -233,14 +240,5 @@ def _flush(folder: Path, tree: Path | None) -> None:
             for name in names:
                 path = Path(parent, name)
                 if path.is_file() and not path.is_symlink():
-                    _flush_file(path)
-
-
-def _flush_file(path: Path) -> None:
-    # Windows flushes only what is open for writing; a read-only file there was flushed when it was closed.
-    with suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+                    with suppress(PermissionError):  # a read-only file of Windows was flushed when it was closed
+                        _fsync(path)

@@ -25,7 +25,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from . import trees
+from . import renames, trees
 from .backend import Backend, CacheEntry, Command, Entry, Size, Usage
 from .errors import BaseNotFound, InvalidId, NotFound, StoreError
 from .ids import check_id
@@ -94,7 +94,7 @@ class EntryBackend(Backend):
         if os.path.lexists(result):  # rename(2) would replace an empty folder
             raise StoreError(f"cannot publish {id!r}: {result} exists; only this store's locks keep it free")
         self.seal(entry)
-        os.rename(entry.folder, result)
+        renames.rename(entry.folder, result)
         del self._builds[id]
         return _entry(id, result)
 
@@ -153,7 +153,7 @@ class EntryBackend(Backend):
         self.seal(loan)
         installed.folder.parent.mkdir(mode=0o700, exist_ok=True)
         try:
-            os.rename(loan.folder, installed.folder)  # it replaces an empty folder only, and no generation is one
+            renames.rename(loan.folder, installed.folder)  # it replaces an empty folder only, and no generation is one
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 return None
@@ -241,7 +241,7 @@ class EntryBackend(Backend):
         # The name is new each time: a stray process may make the old path again while its grave is being emptied.
         grave = f"{self._trash}{os.path.basename(folder)}~{secrets.token_hex(4)}"
         try:
-            os.rename(folder, grave)  # hidden whole; a kill from here leaves only trash
+            renames.rename(folder, grave)  # hidden whole; a kill from here leaves only trash
         except FileNotFoundError:
             return
         self.remove(Path(grave))

@@ -11,7 +11,7 @@ import os
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from . import trees
+from . import renames, trees
 from .backend import Entry
 from .errors import StoreError
 from .log import BuildLog
@@ -37,7 +37,7 @@ class Failures:
         grave.folder.mkdir(mode=0o700, exist_ok=True)
         record.save(grave.record)
         with log.moving() if log else nullcontext() as move, suppress(FileNotFoundError):
-            os.rename(entry.log, grave.log)
+            renames.rename(entry.log, grave.log)
             if move:
                 move.to(grave.log)
         self._trim()

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ._log_windows import Turnstile
 from .backend import Entry
 from .errors import BuilderDied, BuildFailed, NotFound, StoreError
 from .log import BuildLog
@@ -21,10 +22,11 @@ from .records import Record
 class Followed:
     """One attempt. NotFound where its log is not there (yet, or any more)."""
 
-    def __init__(self, root: Path, id: str, attempt: str) -> None:
+    def __init__(self, root: Path, id: str, attempt: str, turnstile: Turnstile | None = None) -> None:
         self._root = root
         self.id, self.attempt = id, attempt
-        self.log = BuildLog.elsewhere(root / "in-progress" / f"{id}~{attempt}" / "log")
+        path = root / "in-progress" / f"{id}~{attempt}" / "log"
+        self.log = BuildLog.elsewhere(path, self._locate, turnstile=turnstile)
         self.outcome: Record | None = None
 
     def look(self) -> Record | None:
@@ -36,7 +38,7 @@ class Followed:
                 return None
             except OSError:
                 pass
-            for folder in (self._root / "result" / self.id, self._root / "failed" / f"{self.id}~{self.attempt}"):
+            for folder in self._ends():
                 if record := self._final(folder):
                     self._settle(record, folder / "log")
         return self.outcome
@@ -51,6 +53,13 @@ class Followed:
         if self.outcome and self.outcome.outcome == "failed":
             return BuildFailed(self.id, self.attempt, self.outcome.reason or "")
         return None
+
+    def _ends(self) -> tuple[Path, Path]:
+        return self._root / "result" / self.id, self._root / "failed" / f"{self.id}~{self.attempt}"
+
+    def _locate(self) -> Path | None:
+        """Where its log is now that it ended; None where it is gone."""
+        return next((folder / "log" for folder in self._ends() if self._final(folder)), None)
 
     def _final(self, folder: Path) -> Record | None:
         with suppress(NotFound):

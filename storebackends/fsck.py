@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import trees
+from . import renames, trees
 from .backend import Backend, Entry, Problem
 from .digests import digest
 from .durability import SUSPECT, Durability
@@ -262,7 +262,7 @@ class Check:
                 if self._backend.result(victim) and (victim != id or self._damage(id)):
                     folder = self._root / "quarantine"
                     folder.mkdir(mode=0o700, exist_ok=True)
-                    os.rename(self._results / victim, folder / f"{victim}~{secrets.token_hex(4)}")
+                    renames.rename(self._results / victim, folder / f"{victim}~{secrets.token_hex(4)}")
                     self._index.remove(victim)
 
     def _descendants(self, id: str) -> list[str]:

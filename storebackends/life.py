@@ -115,7 +115,7 @@ class Life:
 
     def _fill(self, running: Running, entry: Entry, fn: Function) -> None:
         with explained(f"beginning the log of {entry.id!r}", self._root):
-            build_log = BuildLog.create(entry.log)
+            build_log = BuildLog.create(entry.log, turnstile=self._locks.turnstile(entry.id))
         running.has_log(build_log, here=True)
         work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch, self._caches)
         try:

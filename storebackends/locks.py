@@ -3,6 +3,7 @@
     locks/work-00 … work-3f    `work`: one holder, who builds, discards or deletes the id
     locks/use-00 … use-3f      `use`: shared by every lease of the id; exclusive for who wants it unused
     locks/store                shared or exclusive: the store as a whole
+    locks/turn-XX, move-XX     for a log's readers, where an open file forbids a rename
 
 The kernel holds the locks, so a process that is killed holds none. They belong to open descriptors: two locks
 exclude each other wherever their holders are, in two threads as in two processes. The one rule: between opening a
@@ -19,7 +20,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
@@ -236,6 +238,37 @@ class Keys:
                     self._locks._close(file)
 
 
+class Turnstile:
+    """Two locks of one log, for platforms where it cannot be moved while anybody has it open.
+
+    A read passes `turn` and holds `move`, shared both; who moves the log holds both alone. So he waits for the reads in
+    flight, and however many read, none overtakes him.
+    """
+
+    def __init__(self, locks: Locks, id: str) -> None:
+        self._locks, self._id = locks, id
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around one read."""
+        with self._get("turn", shared=True):
+            place = self._get("move", shared=True)
+        with place:
+            yield
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """Around the rename."""
+        with self._get("turn", shared=False), self._get("move", shared=False):
+            yield
+
+    def _get(self, kind: str, shared: bool) -> Lock:
+        place = self._locks._place(kind, self._id)
+        lock = _wait(lambda: self._locks._take(place, shared, Lock), never, None, str)
+        assert lock is not None  # noqa: S101 (nobody cancels)
+        return lock
+
+
 L = TypeVar("L", bound=Lock)
 T = TypeVar("T")
 
@@ -295,6 +328,10 @@ class Locks:
         )
         assert lease is not None  # noqa: S101 (nobody cancels)
         return lease
+
+    def turnstile(self, id: str) -> Turnstile:
+        """What keeps processes that follow the log of *id* from the moment in which it is moved."""
+        return Turnstile(self, id)
 
     def store(self, exclusive: bool, timeout: float | None = None) -> Lock:
         """Wait for `try_store`. TimeoutError after *timeout* seconds."""

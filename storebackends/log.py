@@ -28,7 +28,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from ._log_posix import DupFd
-from ._log_windows import PathReopen
+from ._log_windows import PathReopen, Turnstile
 from .errors import NoSpace, NotFound, StoreError
 
 _CHUNK = 1 << 20
@@ -49,7 +49,7 @@ class Strategy(Protocol):
 
     path: str | Path
 
-    def __init__(self, path: str | Path) -> None: ...
+    def __init__(self, path: str | Path, turnstile: Turnstile | None = None) -> None: ...
 
     def create(self) -> None:
         """Create the file, which must not exist, and open it for writing."""
@@ -99,12 +99,22 @@ class BuildLog:
         self._waiters = _Waiters()
         self._forked = False
         self._error: StoreError | None = None
+        self._locate: Callable[[], Path | None] | None = None
         _logs.add(self)
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], *, strategy: type[Strategy] | None = None) -> Self:
-        """Begin the log of a build at *path*. StoreError if something is there already."""
-        file = (strategy or NATIVE)(_absolute(path))
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        strategy: type[Strategy] | None = None,
+        turnstile: Turnstile | None = None,
+    ) -> Self:
+        """Begin the log of a build at *path*. StoreError if something is there already.
+
+        *turnstile* is the log's own among processes, where others follow it.
+        """
+        file = (strategy or NATIVE)(_absolute(path), turnstile)
         try:
             file.create()
         except OSError as error:
@@ -129,10 +139,20 @@ class BuildLog:
         return cls(file, "saved", found.st_size if length is None else length)
 
     @classmethod
-    def elsewhere(cls, path: str | os.PathLike[str], *, strategy: type[Strategy] | None = None) -> Self:
-        """The log at *path*, which another process writes: grew() and settled() tell what it does. NotFound."""
-        log = cls((strategy or NATIVE)(_absolute(path)), "open", 0)
-        log._kept = log._source()
+    def elsewhere(
+        cls,
+        path: str | os.PathLike[str],
+        locate: Callable[[], Path | None],
+        *,
+        strategy: type[Strategy] | None = None,
+        turnstile: Turnstile | None = None,
+    ) -> Self:
+        """The log at *path*, which another process writes: grew() and settled() tell what it does. NotFound.
+
+        *locate* finds it where it has just been moved by that process, which settled() will tell of later.
+        """
+        log = cls((strategy or NATIVE)(_absolute(path), turnstile), "open", 0)
+        log._kept, log._locate = log._source(), locate
         return log
 
     def grew(self, length: int) -> None:
@@ -254,6 +274,15 @@ class BuildLog:
     def __del__(self) -> None:
         self._strategy.finish()
 
+    def _has_moved(self) -> bool:
+        """Another process has moved it, and it is found again."""
+        place = self._locate and self._locate()
+        if place is None or place == self.path:
+            return False
+        with self._strategy.moving():
+            self._strategy.path = place
+        return True
+
     def _source(self) -> _Source:
         with self._opening:
             source = self._shared() if self._shared else None
@@ -300,7 +329,7 @@ class LogReader(Iterator[bytes]):
                 raise copy.copy(self._log._error)
             raise StopIteration
         try:
-            chunk = source.chunk(self.offset, end)
+            chunk = self._read(source, end)
         except OSError as error:
             raise _failure("read", self._log.path, error) from error
         if not chunk:
@@ -323,6 +352,14 @@ class LogReader(Iterator[bytes]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _read(self, source: _Source, end: int) -> bytes:
+        try:
+            return source.chunk(self.offset, end)
+        except FileNotFoundError:
+            if not self._log._has_moved():
+                raise
+        return source.chunk(self.offset, end)
 
     def _wait(self) -> int:
         """Wait until there is something to yield or the end is known; return the length then."""

@@ -14,6 +14,7 @@ import uuid
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from . import renames
 from .errors import ConfigError, StoreError
 
 FORMAT = 1
@@ -35,7 +36,7 @@ class Marker:
         """Replace the marker of *root*, whole or not at all, and see it on the disk. Raises OSError."""
         part = root / f".{NAME}.{secrets.token_hex(4)}"
         _write_synced(part, self)
-        os.replace(part, root / NAME)
+        renames.replace(part, root / NAME)
 
     def booted(self, boot: str) -> Marker:
         """This store, opened in another boot."""

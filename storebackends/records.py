@@ -16,6 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from . import renames
 from .errors import StoreError
 
 # A build can put a link in its place.
@@ -49,7 +50,7 @@ class Record:
         path = os.fspath(path)
         part = f"{path}.part"
         _write(part, os.O_TRUNC, self._encoded())
-        os.replace(part, path)
+        renames.replace(part, path)
 
     def _encoded(self) -> bytes:
         # What json.dumps() gives, in two thirds of the time, as this is done twice for each build.
@@ -62,7 +63,7 @@ class Record:
     @classmethod
     def load(cls, path: Path) -> Record:
         """Read a record. Raises FileNotFoundError, or StoreError where it is no record of ours."""
-        return cls.parse(path.read_bytes(), path)
+        return cls.parse(_read(path), path)
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Record:
@@ -80,6 +81,7 @@ class Record:
         return record
 
 
+_read = renames.patiently(Path.read_bytes)  # it may just be replaced
 _NAMES = tuple(field.name for field in fields(Record))
 _values = attrgetter(*_NAMES)
 

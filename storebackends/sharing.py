@@ -69,7 +69,7 @@ class Sharing:
             if known := self._followed.get((id, attempt)):
                 return known[0].log
             try:
-                followed = Followed(self._root, id, attempt)
+                followed = Followed(self._root, id, attempt, self._locks.turnstile(id))
             except NotFound:
                 return None
             signal = Signal([followed.log.path])
@@ -135,7 +135,7 @@ class Sharing:
         if attempt is None or (followed and followed[-1].attempt == attempt):
             return
         with suppress(NotFound):  # it has no log yet, or no more
-            followed.append(Followed(self._root, running.id, attempt))
+            followed.append(Followed(self._root, running.id, attempt, self._locks.turnstile(running.id)))
             for earlier in followed[:-1]:
                 earlier.abandon(BuilderDied(running.id, earlier.attempt, "its builder died"))
             signal.add(followed[-1].log.path)

@@ -183,8 +183,16 @@ def _fork() -> None:
         raise OSError("there is no fork()")
 
 
+@probe("windows", "use Windows, or `make test-windows`")
+def _windows() -> None:
+    if sys.platform != "win32":
+        raise OSError("this is not Windows")
+
+
 @probe("proc", "mount /proc")
 def _proc() -> None:
+    if sys.platform == "win32":
+        raise OSError("Windows has none")
     os.listdir("/proc/self/fd")
 
 

@@ -65,7 +65,7 @@ def cached(store: Store, name: str = "c") -> dict[str, str]:
 
 def kept(root: Path) -> list[str]:
     """All generations and all loans."""
-    return sorted(str(path.relative_to(root)) for room in ("caches/*/*", "loans/*") for path in root.glob(room))
+    return sorted(path.relative_to(root).as_posix() for room in ("caches/*/*", "loans/*") for path in root.glob(room))
 
 
 def loans(root: Path) -> list[Path]:

@@ -497,3 +497,47 @@ class TestKeys:
                 work.release()
             assert descriptors() - before <= 64
         assert descriptors() == before
+
+
+# a turnstile
+
+
+def test_who_moves_a_log_waits_for_the_reads_in_flight_and_is_overtaken_by_none(
+    tmp_path: Path, strategy: Strategy
+) -> None:
+    """Each Locks stands for a process."""
+    readers = [Locks(tmp_path / "locks", strategy) for _ in range(4)]
+    mover = Locks(tmp_path / "locks", strategy)
+    inside, most, moved = set[int](), list[int](), threading.Event()
+
+    def read(number: int) -> None:
+        turnstile = readers[number].turnstile("id")
+        while not moved.is_set():
+            with turnstile.reading():
+                inside.add(number)
+                inside.discard(number)
+
+    threads = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        with mover.turnstile("id").moving():
+            most.extend(len(inside) for _ in range(100))
+    moved.set()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    for locks in (*readers, mover):
+        locks.close()
+
+    assert set(most) == {0}
+
+
+def test_two_may_read_at_once(tmp_path: Path, strategy: Strategy) -> None:
+    first, second = (Locks(tmp_path / "locks", strategy) for _ in range(2))
+
+    with first.turnstile("id").reading(), second.turnstile("id").reading():
+        pass
+
+    first.close()
+    second.close()

@@ -410,6 +410,43 @@ def test_an_exception_keeps_the_old_path(log: BuildLog) -> None:
     assert read(log) == b"still here"
 
 
+def test_a_reader_elsewhere_finds_a_log_that_moved_before_it_was_told(
+    entry: Path, log: BuildLog, strategy: type[Strategy]
+) -> None:
+    log.write(b"all of it")
+    found: list[Path] = []
+
+    def locate() -> Path:
+        found.append(log.path)
+        return log.path
+
+    followed = BuildLog.elsewhere(entry / "log", locate, strategy=strategy)
+    followed.grew(4)
+    reader = followed.tail()
+    assert next(reader) == b"all "
+    log.finish()
+    publish(log)
+    followed.grew(9)
+
+    assert next(reader) == b"of it"
+    assert found == ([log.path] if strategy is PathReopen else [])
+    followed.settled(9, log.path)
+    assert list(reader) == []
+    log.close()
+
+
+def test_a_log_elsewhere_that_is_nowhere_any_more_is_not_found(entry: Path) -> None:
+    log = BuildLog.create(entry / "log")
+    log.write(b"gone")
+    log.close()
+    followed = BuildLog.elsewhere(entry / "log", lambda: None, strategy=PathReopen)
+    followed.grew(4)
+    os.unlink(entry / "log")
+
+    with pytest.raises(NotFound), followed.tail() as reader:
+        next(reader)
+
+
 def test_an_interrupt_after_the_rename_does_not_lose_the_log(log: BuildLog) -> None:
     log.write(b"moved")
     log.close()

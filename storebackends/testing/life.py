@@ -111,6 +111,8 @@ class Life(Harness):
     @pytest.mark.parametrize("edit", REPLACING.values(), ids=REPLACING)
     def test_a_replacing_edit_does_not_reach_the_base(self, backend: Backend, edit: Edit) -> None:
         """Case 3."""
+        if edit is REPLACING["chmod a folder"]:
+            require(Capability.MODES in backend.capabilities, "the capability 'modes'")
         self._edit_and_publish_a_child(backend, edit)
 
     def _edit_and_publish_a_child(self, backend: Backend, edit: Edit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Roots(Harness):
         write(root, {"result/precious": b"1", "trash/precious": b"2", "in-progress/id~0123/log": b"3"})
         before = snapshot(root)
 
-        with pytest.raises(StoreError, match=str(root)):
+        with pytest.raises(StoreError, match=re.escape(str(root))):
             self.open_store(root)
 
         assert snapshot(root) == before
@@ -63,6 +64,7 @@ class Roots(Harness):
 
     def test_a_root_that_cannot_be_written_is_refused(self, area: Path) -> None:
         """Case 39."""
+        require(sys.platform != "win32", "permission bits")
         closed = Path("/sys") if is_root() else area  # there even root makes no folder
         require(closed.is_dir(), "a folder that root cannot write")
         mode = closed.stat().st_mode
@@ -70,7 +72,7 @@ class Roots(Harness):
         if not is_root():
             closed.chmod(0o500)
         try:
-            with pytest.raises(StoreError, match=str(closed / "new")):
+            with pytest.raises(StoreError, match=re.escape(str(closed / "new"))):
                 self.open_store(closed / "new")
         finally:
             if not is_root():
@@ -87,7 +89,7 @@ class Roots(Harness):
 
         room.chmod(0)
         try:
-            with pytest.raises(StoreError, match=str(room)):
+            with pytest.raises(StoreError, match=re.escape(str(room))):
                 self.open_store(root)
         finally:
             room.chmod(0o700)
