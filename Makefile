@@ -1,7 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv and, as root on Debian, the packages that tests use.
 
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := .venv/.ready
 # What the tests start. Without one of them its tests are skipped, and the end of the run says so.
 PACKAGES := acl attr btrfs-progs bubblewrap e2fsprogs gcc libc6-dev rsync util-linux xfsprogs

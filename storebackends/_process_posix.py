@@ -293,6 +293,15 @@ def _user(user: str | int | None) -> tuple[int, int, list[int]] | None:
     return ids
 
 
+def environment(home: str, tmp: str) -> dict[str, str]:
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": home,
+        "TMPDIR": tmp,
+    }
+
+
 def give_to(path: str, user: str | int) -> None:
     if ids := _user(user):
         os.chown(path, ids[0], ids[1], follow_symlinks=False)

@@ -33,6 +33,9 @@ LINGER = 1.0  # how long what a killed job wrote may take through the pipe
 Sink = Callable[[bytes], None]
 Why = Literal["ended", "late", "cancelled"]
 
+# What Windows' own libraries and programs look for themselves by.
+_SYSTEM = ("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "COMSPEC", "PATHEXT", "PROGRAMDATA", "PROGRAMFILES")
+
 _CREATE_SUSPENDED = 0x4
 _KILL_ON_JOB_CLOSE = 0x2000
 _EXTENDED_LIMITS = 9
@@ -181,11 +184,20 @@ def _start(command: Command, stdin: IO[bytes], separate: bool) -> subprocess.Pop
 
 
 def find(command: Command) -> str:
-    """The program's path, by the command's own PATH. CommandFailed where it is not there."""
-    path = command.env.get("PATH", "")
-    if found := shutil.which(command.argv[0], path=path):
+    """The program's path, by the command's own PATH and folder. CommandFailed where it is not there."""
+    path, name = command.env.get("PATH", ""), command.argv[0]
+    if os.path.dirname(name) and command.cwd:
+        name = os.path.join(command.cwd, name)
+    if found := shutil.which(name, path=path):
         return found
     raise CommandFailed(command.argv, None, f"cannot start: it is not in PATH ({path}); install what provides it")
+
+
+def environment(home: str, tmp: str) -> dict[str, str]:
+    kept = {name: os.environ[name] for name in _SYSTEM if name in os.environ}
+    system = os.environ.get("SYSTEMROOT", r"C:\Windows")
+    path = os.pathsep.join([rf"{system}\System32", system, rf"{system}\System32\WindowsPowerShell\v1.0"])
+    return {**kept, "PATH": path, "HOME": home, "USERPROFILE": home, "TMPDIR": tmp, "TEMP": tmp, "TMP": tmp}
 
 
 def give_to(path: str, user: str | int) -> None:

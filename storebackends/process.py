@@ -82,6 +82,11 @@ class Cancel:
                 os.close(fd)
 
 
+def environment(home: str, tmp: str) -> dict[str, str]:
+    """What a build's command finds in its environment: little, and nothing of the user's own."""
+    return _native.environment(home, tmp)
+
+
 def tool(
     argv: Sequence[str],
     *,

@@ -14,8 +14,6 @@ from .caches import Caches, Loan, Mode, locked_here
 from .errors import Cancelled, CommandFailed, StoreError
 from .log import BuildLog
 
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 
 class Workspace:
     """One build, seen from inside. Valid until the function returns."""
@@ -99,10 +97,10 @@ class Workspace:
         It, and all it started, is ended before this returns, but for a daemon that leaves its process group: that
         only a sandbox ends.
 
-        The environment is PATH, HOME, TMPDIR and LANG, and *env* over them; HOME and TMPDIR are empty folders outside
-        the tree. *cwd* is relative to the tree. *timeout* is in seconds. With *capture* its standard output is
-        returned, not logged. Raises CommandFailed where it cannot start, runs out of time or, with *check*, fails;
-        Cancelled when the build is.
+        The environment is PATH, HOME, TMPDIR and LANG (on Windows what stands for them, and what the system itself
+        needs), and *env* over them; HOME and TMPDIR are empty folders outside the tree. *cwd* is relative to the tree.
+        *timeout* is in seconds. With *capture* its standard output is returned, not logged. Raises CommandFailed where
+        it cannot start, runs out of time or, with *check*, fails; Cancelled when the build is.
         """
         return self._run_under(
             self._cancel, argv, env=env, cwd=cwd, input=input, timeout=timeout, user=user, capture=capture, check=check
@@ -125,7 +123,7 @@ class Workspace:
         self._check()
         with self._homes(user) as homes:
             words = [os.fspath(word) for word in argv]
-            merged = {"PATH": PATH, "LANG": "C.UTF-8", **homes, **(env or {})}
+            merged = {**process.environment(*homes), **(env or {})}
             command = self._backend.command(self._entry, words, merged, cwd, user)
             try:
                 done = process.run(
@@ -164,17 +162,18 @@ class Workspace:
             raise Cancelled(self.id, self.attempt)
 
     @contextmanager
-    def _homes(self, user: str | int | None) -> Iterator[dict[str, str]]:
+    def _homes(self, user: str | int | None) -> Iterator[tuple[str, str]]:
+        """HOME and TMPDIR of a command."""
         if user is None:
             home, tmp = self.scratch / "home", self.scratch / "tmp"
             home.mkdir(exist_ok=True)
             tmp.mkdir(exist_ok=True)
-            yield {"HOME": str(home), "TMPDIR": str(tmp)}
+            yield str(home), str(tmp)
             return
         # The store's root is closed to every other user, so theirs lies outside.
         folder = tempfile.mkdtemp(prefix="storebackends-")
         try:
             process.give_to(folder, user)
-            yield {"HOME": folder, "TMPDIR": folder}
+            yield folder, folder
         finally:
             trees.remove(Path(folder))

@@ -200,6 +200,13 @@ def _proc() -> None:
 def _symlinks() -> None:
     with _scratch() as folder:
         (folder / "link").symlink_to("nowhere")
+        if not (folder / "link").is_symlink():  # so on Wine
+            raise OSError("links are not made, and nothing says so")
+
+
+@probe("syncfs", "use Linux")
+def _syncfs() -> None:
+    _linux("syncfs()")
 
 
 @probe("xattrs", "put TMPDIR on a file system with user extended attributes")
@@ -266,6 +273,11 @@ def _userns() -> None:
 @probe("bwrap", "apt-get install bubblewrap, and allow user namespaces")
 def _bwrap() -> None:
     run("bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--unshare-all", "true")
+
+
+@probe("sh", "use a POSIX system")
+def _sh() -> None:
+    run("sh", "-c", "true")
 
 
 @probe("bash", "install bash")

@@ -114,10 +114,10 @@ def test_builds_in_a_thread_or_in_the_callers_loop(run: Callable[[Main], None]) 
 def test_a_function_may_be_partial_or_an_object(run: Callable[[Main], None], as_async: bool) -> None:
     class Called:
         async def __call__(self, work: AsyncWorkspace) -> None:
-            await work.run(["true"])
+            await work.run([sys.executable, "-c", ""])
 
     async def fn(argument: str, work: AsyncWorkspace) -> None:
-        await work.run(["true"])
+        await work.run([sys.executable, "-c", ""])
 
     async def test(store: AsyncStore) -> None:
         await store.build("a", Called() if as_async else partial(fn, "x"))
@@ -137,6 +137,7 @@ def test_a_coroutine_that_nobody_would_await_fails_the_build(run: Callable[[Main
     run(test)
 
 
+@needs("sh")
 def test_the_verbs_are_those_of_the_store(run: Callable[[Main], None], tmp_path: Path) -> None:
     async def fn(work: AsyncWorkspace) -> None:
         (work.scratch / "part").write_text("copied")
@@ -163,6 +164,7 @@ def test_the_verbs_are_those_of_the_store(run: Callable[[Main], None], tmp_path:
     run(test)
 
 
+@needs("sh")
 def test_failures_are_the_same(run: Callable[[Main], None]) -> None:
     async def fn(work: AsyncWorkspace) -> None:
         await work.run(["sh", "-c", "echo said; exit 7"])
@@ -182,6 +184,7 @@ def test_failures_are_the_same(run: Callable[[Main], None]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pipes with a name")
+@needs("sh")
 def test_programs_of_one_build_run_beside_each_other_and_the_loop(run: Callable[[Main], None]) -> None:
     async def fn(work: AsyncWorkspace) -> None:
         if sys.platform != "win32":
@@ -203,6 +206,7 @@ def test_programs_of_one_build_run_beside_each_other_and_the_loop(run: Callable[
 
 class TestCancel:
     @pytest.mark.parametrize("kind", ["plain", "coroutine"])
+    @needs("sh")
     def test_of_the_only_task_ends_the_build_before_the_await_ends(
         self, run: Callable[[Main], None], kind: str
     ) -> None:
@@ -272,6 +276,7 @@ class TestCancel:
 
         run(test)
 
+    @needs("sh")
     def test_of_a_run_ends_the_program_and_not_the_build(self, run: Callable[[Main], None]) -> None:
         async def fn(work: AsyncWorkspace) -> None:
             with pytest.raises(TimeoutError):
@@ -367,6 +372,7 @@ class TestCancel:
 
         run(test)
 
+    @needs("sh")
     def test_ends_programs_of_tasks_that_the_function_forgot(self, run: Callable[[Main], None]) -> None:
         async def test(store: AsyncStore) -> None:
             forgotten: list[asyncio.Task[Any]] = []

@@ -616,6 +616,7 @@ def test_after_a_restart_a_cache_is_there_if_it_had_reached_the_disk(
         assert cached(store, "kept") == {"f": "1"}
 
 
+@needs("syncfs")
 def test_the_barrier_marks_what_earlier_processes_gave_back(tmp_path: Path) -> None:
     root = tmp_path / "store"
     with storebackends.open_store(backend="copy", path=root, detach_barrier=lambda: None) as store:
@@ -658,7 +659,7 @@ def test_the_how_to_works_as_it_is_written(
 # In recipes.
 
 SANDBOXES = [pytest.param("bwrap", marks=needs("bwrap")), "host"]
-posix = pytest.mark.skipif(sys.platform == "win32", reason="the commands here are for /bin/sh")
+posix = needs("sh")
 
 
 def recipe(folder: Path, sandbox: str, step: str) -> Recipe:

@@ -7,6 +7,7 @@ import pytest
 
 from storebackends.errors import StoreError
 from storebackends.records import Record
+from tests.capabilities import needs
 
 RECORD = Record("a", "0123", "b", "4567", "boot", 7, 1.5, 2.5, "failed", "no good", 42)
 
@@ -62,6 +63,7 @@ def test_a_missing_record_is_a_missing_file(tmp_path: Path) -> None:
         Record.load(tmp_path / "build.json")
 
 
+@needs("symlinks")
 def test_a_link_planted_where_a_record_is_written_is_not_followed(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("mine")

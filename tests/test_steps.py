@@ -16,7 +16,7 @@ from storebackends.steps import Planned, Watcher, plan, run_recipe
 from tests.capabilities import PROJECT, needs
 from tests.stores import files, left_in_progress, open_copy, writes
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the commands here are for /bin/sh")
+pytestmark = needs("sh")
 
 SANDBOXES = [pytest.param("bwrap", marks=needs("bwrap")), "host"]
 THREE = """

@@ -130,6 +130,7 @@ class TestFailure:
         assert store.result("a") is None
         assert left_in_progress(store.root) == []
 
+    @needs("sh")
     def test_of_a_command_names_it_and_its_status(self, store: Store) -> None:
         with pytest.raises(BuildFailed, match="sh ended with status 7") as caught:
             store.build("a", lambda work: work.run(["sh", "-c", "echo out; echo err >&2; exit 7"]))
@@ -289,6 +290,7 @@ class TestSharing:
         with store.build("whole", fn) as result:
             assert files(result.path) == {"p": "1"}
 
+    @needs("sh")
     def test_processes_that_want_one_id_wait_for_each_other(self, store: Store) -> None:
         program = """if True:
             import sys, tests.stores as stores
@@ -443,6 +445,7 @@ class TestClose:
                 store.delete("a")
 
     @needs("proc")
+    @needs("sh")
     def test_many_builds_leave_no_descriptor(self, store: Store) -> None:
         store.build("warm", writes(f="1")).release()
         before = _descriptors()
@@ -577,6 +580,7 @@ class TestHostileFunction:
             assert os.readlink(result.path / "out") == str(tmp_path / "outside")
         assert os.listdir(tmp_path / "outside") == []
 
+    @needs("sh")
     def test_that_truncates_its_standard_output_keeps_the_whole_log(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             work.run(["sh", "-c", "echo before; echo twice | tee /dev/stderr; : > /dev/stdout; echo after"])
@@ -585,6 +589,7 @@ class TestHostileFunction:
 
         assert log_of(store, "a") == b"before\ntwice\ntwice\nafter\n"
 
+    @needs("sh")
     def test_that_leaves_a_daemon_on_its_output_ends_and_keeps_the_whole_log(
         self, store: Store, tmp_path: Path
     ) -> None:
@@ -599,6 +604,7 @@ class TestHostileFunction:
 
         assert log_of(store, "a") == b"before\nafter\n"
 
+    @needs("sh")
     def test_whose_thread_outlives_it_cannot_use_the_workspace(self, store: Store, tmp_path: Path) -> None:
         kept: list[Workspace] = []
 

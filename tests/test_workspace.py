@@ -25,6 +25,7 @@ def inside(store: Store, fn: Callable[[Workspace], object]) -> str:
 
 
 class TestRun:
+    @needs("sh")
     def test_is_in_the_tree_with_a_clean_environment(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SECRET", "from outside")
 
@@ -41,15 +42,18 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_writes_both_outputs_into_the_log_in_order(self, store: Store) -> None:
         assert inside(store, lambda work: work.run(["sh", "-c", "echo 1; echo 2 >&2; echo 3"])) == "1\n2\n3\n"
 
+    @needs("sh")
     def test_captures_standard_output_alone(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             assert work.run(["sh", "-c", "echo out; echo err >&2"], capture=True).stdout == b"out\n"
 
         assert inside(store, fn) == "err\n"
 
+    @needs("sh")
     def test_feeds_input_and_else_nothing(self, store: Store) -> None:
         big = b"x" * 1_000_000
 
@@ -68,6 +72,7 @@ class TestRun:
             assert files(result.path) == {"sub/f": ""}
 
     @pytest.mark.parametrize("cwd", ["..", "/", "/tmp", "sub/../..", "missing", "a\0b"])
+    @needs("sh")
     def test_in_no_folder_outside(self, store: Store, cwd: str) -> None:
         def fn(work: Workspace) -> None:
             with pytest.raises(StoreError):
@@ -75,6 +80,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_that_is_not_to_be_checked_returns_the_status(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             assert work.run(["sh", "-c", "exit 3"], check=False).returncode == 3
@@ -91,6 +97,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_past_its_timeout_is_ended_with_all_it_started(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             with pytest.raises(CommandFailed, match="longer than 0.2 s"):
@@ -99,6 +106,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_ends_what_it_left_in_the_background(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             work.run(["sh", "-c", "sleep 1000 & echo $! > pid"])
@@ -106,6 +114,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_of_a_cancelled_build_is_ended(self, store: Store) -> None:
         pids: list[int] = []
 
@@ -128,6 +137,7 @@ class TestRun:
         assert not _runs(pids[0])
 
     @needs("root")
+    @needs("sh")
     def test_as_another_user_has_a_home_of_its_own(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             os.chmod(work.path, 0o777)
@@ -139,6 +149,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_leaves_no_scratch(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             (work.scratch / "kept").mkdir()

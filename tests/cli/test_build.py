@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from tests.capabilities import needs
 from tests.cli.host import Host
 from tests.stores import WAIT, files
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="the commands here are for sh")
+posix = needs("sh")
 
 STEPS = """
 [args]
@@ -111,12 +111,14 @@ class TestBuild:
 
 @posix
 class TestRun:
+    @needs("sh")
     def test_keeps_the_tree_the_command_leaves(self, host: Host) -> None:
         said = host("run", "--id", "app", "--", "sh", "-c", "echo working; echo text > f")
 
         assert files(tree(host, "app")) == {"f": "text\n"}
         assert said.out.splitlines()[:3] == ["-> app", "   $ sh -c 'echo working; echo text > f'", "   working"]
 
+    @needs("sh")
     def test_without_an_id_does_not_run_again_on_the_same_base(self, host: Host) -> None:
         def run() -> tuple[str, str]:
             facts = host("run", "--json", "--base", "base", "sh", "-c", "date +%N > f").json

@@ -19,7 +19,7 @@ from tests.capabilities import PROJECT, needs
 from tests.cli.host import Host
 from tests.stores import WAIT, left_in_progress, until, writes
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="the commands here are for sh")
+posix = needs("sh")
 
 
 def commands(group: click.Group = cli, *names: str) -> Iterator[tuple[str, ...]]:
@@ -54,6 +54,7 @@ def test_every_command_and_option_is_in_the_reference() -> None:
                 assert all(f"`{name}" in page for name in option.opts if isinstance(option, click.Option))
 
 
+@needs("sh")
 def test_a_start_imports_nothing_heavy() -> None:
     program = "import sys, storebackends.cli; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
@@ -102,6 +103,7 @@ def test_debug_shows_where_it_came_from(host: Host) -> None:
     assert "Traceback" in host("--debug", "result", "nothing", code=3).err
 
 
+@needs("sh")
 def test_what_could_steer_a_terminal_is_spelled_out(host: Host) -> None:
     recipe = host.recipe('[steps.a]\nfrom = "b\\u001b]0;title\\u0007"\nrun = "true"\n')
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.capabilities import needs
 from tests.cli.host import Host
 from tests.stores import WAIT, files, open_copy, writes
 
@@ -125,7 +126,7 @@ def test_log_of_a_failure_is_kept(family: Host) -> None:
     assert family("log", "brok").out.endswith("\nlast words\n")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the command here is for sh")
+@needs("sh")
 def test_log_follows_a_build_of_another_process_to_its_end(host: Host) -> None:
     go = host.folder / "go"
     loop = f"echo one; while [ ! -e '{go}' ]; do sleep 0.02; done; echo two"

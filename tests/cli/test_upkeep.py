@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_prune_without_a_rule_or_with_a_wrong_one_is_refused(family: Host, argv:
 def test_a_build_makes_room_first_by_the_configured_rules(family: Host) -> None:
     rules(family, min_free="100%")
 
-    said = family("run", "--base", "base", "--id", "new", "--", "true")
+    said = family("run", "--base", "base", "--id", "new", "--", sys.executable, "-c", "")
 
     assert "before a build: min_free 100%" in said.err
     assert sorted(family("ls").out.split()) == ["base", "new"]
@@ -105,6 +106,6 @@ def test_fsck_compares_a_sample_and_says_how_to_choose_it_again(family: Host) ->
 def test_digests_are_kept_where_the_configuration_says_so(host: Host) -> None:
     host.configure(verify="digest")
 
-    host("run", "--id", "app", "--", "true")
+    host("run", "--id", "app", "--", sys.executable, "-c", "")
 
     assert "1 results checked, 1 of them compared; 0 findings" in host("fsck", "--content").out
