@@ -263,8 +263,8 @@ class Turnstile:
             yield
 
     def _get(self, kind: str, shared: bool) -> Lock:
-        place = self._locks._place(kind, self._id)
-        lock = _wait(lambda: self._locks._take(place, shared, Lock), never, None, str)
+        place, pool = self._locks._place(kind, self._id), self._locks._leases if shared else None
+        lock = _wait(lambda: self._locks._take(place, pool, Lock), never, None, str)
         assert lock is not None  # noqa: S101 (nobody cancels)
         return lock
 
