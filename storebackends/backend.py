@@ -75,11 +75,15 @@ class Entry:
 
     def begin(self, record: Record) -> None:
         """Write the first build.json of a folder that was just made. Raises OSError."""
-        record.begin(f"{self.folder}{os.sep}build.json")  # making a Path takes longer than writing the file
+        record.begin(self.file("build.json"))
 
     def save(self, record: Record) -> None:
         """Write build.json, whole or not at all. Raises OSError."""
-        record.save(f"{self.folder}{os.sep}build.json")
+        record.save(self.file("build.json"))
+
+    def file(self, name: str) -> str:
+        """The path of one of its files, as a string: making a Path can take longer than what it is for."""
+        return f"{self.folder}{os.sep}{name}"
 
     @property
     def log(self) -> Path:

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
+from .backend import Entry
 from .errors import Busy, Cancelled, StoreError
 from .following import waits_of
 from .locks import Lease
@@ -31,6 +32,19 @@ _current: ContextVar[Running | None] = ContextVar("storebackends_build", default
 """The build whose function this thread is in."""
 _borrower: ContextVar[Waiter | None] = ContextVar("storebackends_borrower", default=None)
 """The first cache that this thread has locked, outside of any build's function."""
+
+
+class building:  # noqa: N801 (a context manager is called like a function)
+    """Mark this thread as the one inside the function of *running*."""
+
+    def __init__(self, running: Running) -> None:
+        self._running = running
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._running)
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
 
 
 def current() -> Running:
@@ -60,6 +74,8 @@ class Running(Waiter):
         self.callers = 1
         self.signal: Signal | None = None
         self.outcome = "built"
+        self.entry: Entry | None = None
+        """The result, once there is one."""
         self.error: BaseException | None = None
         self._log: BuildLog | None = None
         self._here = False
@@ -189,15 +205,6 @@ class Builds:
             build.stop()
         return running
 
-    @contextmanager
-    def building(self, running: Running) -> Iterator[None]:
-        """Mark this thread as the one inside the function of *running*."""
-        token = _current.set(running)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-
     def waiting(self, id: str) -> AbstractContextManager[None]:
         """Around every wait for the build, or the locked cache, *id*.
 
@@ -289,10 +296,16 @@ class Build:
     """One caller's hold on a build that runs in a thread of its own (or is done already)."""
 
     def __init__(
-        self, id: str, lease: Lease, running: Running | None, builds: Builds, keep: Callable[[str, Lease, str], Result]
+        self,
+        id: str,
+        lease: Lease,
+        running: Running | None,
+        found: Entry | None,
+        builds: Builds,
+        lend: Callable[[Entry, Lease, str], Result],
     ) -> None:
-        """*running* is None where the result is there already; *keep* makes the Result of id, lease and outcome."""
-        self._lease, self._running, self._builds, self._keep = lease, running, builds, keep
+        """*found* is the result where it is there already, else there is *running*; *lend* makes the Result."""
+        self._lease, self._running, self._found, self._builds, self._lend = lease, running, found, builds, lend
         self._result: Result | None = None
         self._gone = False
         self.id = id
@@ -344,10 +357,13 @@ class Build:
     def _await(self, timeout: float | None) -> Result:
         running = self._running
         if running is None:
-            return self._keep(self.id, self._lease, "hit")
-        with self._builds.waiting(self.id):
-            running.wait(timeout)
+            assert self._found is not None  # noqa: S101 (one of both is)
+            return self._lend(self._found, self._lease, "hit")
+        if not running.ended:
+            with self._builds.waiting(self.id):
+                running.wait(timeout)
         if failure := running.failure():
             self._lease.release()
             raise failure
-        return self._keep(self.id, self._lease, running.outcome if self.is_builder else "attached")
+        assert running.entry is not None  # noqa: S101 (it did not fail)
+        return self._lend(running.entry, self._lease, running.outcome if self.is_builder else "attached")

@@ -13,8 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -200,30 +199,6 @@ class Events:
             self._queue.append((event, self._listeners))
             self._changed.notify_all()
 
-    @contextmanager
-    def attempt(
-        self, record: Record, build_log: Callable[[], BuildLog | None], is_published: Callable[[], bool]
-    ) -> Iterator[None]:
-        """Tell that the attempt of the block starts, and how it ended."""
-        facts, began = {"id": record.id, "attempt": record.attempt, "base": record.base}, time.monotonic()
-
-        def end(kind: type[_Ended], **more: str) -> None:
-            length = written.length if (written := build_log()) else 0
-            self.tell(kind, **facts, seconds=time.monotonic() - began, log_bytes=length, **more)
-
-        self.tell(Started, **facts)
-        try:
-            yield
-        except BaseException as error:
-            if self.heard and is_published():
-                end(Finished)  # interrupted just after
-            elif isinstance(error, Exception) and not isinstance(error, errors.Cancelled):
-                end(Failed, reason=_reason(error))
-            else:
-                end(Cancelled, reason=_reason(error))
-            raise
-        end(Finished)
-
     def close(self) -> None:
         """Have what is queued delivered, for at most PATIENCE seconds; nobody hears of anything after."""
         self.tell(Closed)
@@ -297,6 +272,42 @@ class Events:
             self._warned = True
         event = Dropped(root=self._root, uuid=self._uuid, time=time.time(), count=count)
         return event, self._queue[0][1]
+
+
+class Attempt:
+    """Around an attempt at a build: tells that it starts, and how it ended."""
+
+    def __init__(
+        self,
+        events: Events,
+        record: Record,
+        build_log: Callable[[], BuildLog | None],
+        is_published: Callable[[Record], bool],
+    ) -> None:
+        self._events, self._record, self._build_log, self._is_published = events, record, build_log, is_published
+        self._began = time.monotonic()
+
+    def __enter__(self) -> None:
+        if self._events.heard:
+            self._events.tell(Started, **self._facts())
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not self._events.heard:
+            return
+        if error is None or self._is_published(self._record):  # interrupted just after
+            self._end(Finished)
+        elif isinstance(error, Exception) and not isinstance(error, errors.Cancelled):
+            self._end(Failed, reason=_reason(error))
+        else:
+            self._end(Cancelled, reason=_reason(error))
+
+    def _end(self, kind: type[_Ended], **more: str) -> None:
+        length = written.length if (written := self._build_log()) else 0
+        seconds = time.monotonic() - self._began
+        self._events.tell(kind, **self._facts(), seconds=seconds, log_bytes=length, **more)
+
+    def _facts(self) -> dict[str, str | None]:
+        return {"id": self._record.id, "attempt": self._record.attempt, "base": self._record.base}
 
 
 class Deaths(Failures):

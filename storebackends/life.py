@@ -13,7 +13,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .caches import Caches
 from .digests import digest
 from .durability import Durability
 from .errors import BaseNotFound, BuildFailed, Cancelled, NotFound, StoreError, explained
-from .events import Events
+from .events import Attempt, Events
 from .failures import Failures
 from .following import note_waits
 from .ids import new_attempt
@@ -68,20 +68,24 @@ class Life:
 
     def run(self, running: Running, fn: Function, base: str | None) -> None:
         """Bring *running* to its outcome: a result, of this build or another's, or what it raises."""
-        with ExitStack() as held:
-            if base is not None:
-                self.sharing.await_base(running, base)
-                held.enter_context(self._locks.lease(base))
-                if self._backend.result(base) is None:
-                    raise BaseNotFound(running.id, base)
-                self._index.touch(base)
-            self._make_room()
-            if work := self.sharing.own(running):
-                held.enter_context(work)
+        if base is None:
+            self._own(running, fn, None)
+            return
+        self.sharing.await_base(running, base)
+        with self._locks.lease(base):
+            if self._backend.result(base) is None:
+                raise BaseNotFound(running.id, base)
+            self._index.touch(base)
+            self._own(running, fn, base)
+
+    def _own(self, running: Running, fn: Function, base: str | None) -> None:
+        self._make_room()
+        if work := self.sharing.own(running):
+            with work:
                 self._attempt(running, fn, base)
-            else:
-                running.outcome = "attached"
-                self._index.touch(running.id)
+        else:
+            running.entry, running.outcome = self._entry(running.id), "attached"
+            self._index.touch(running.id)
 
     def _attempt(self, running: Running, fn: Function, base: str | None) -> None:
         record = Record(
@@ -93,8 +97,7 @@ class Life:
             pid=os.getpid(),
             started=time.time(),
         )
-        is_published = partial(self._is_published, record)
-        with self._events.attempt(record, lambda: running.current_log, is_published):
+        with Attempt(self._events, record, lambda: running.current_log, self._is_published):
             self._make(running, fn, record)
 
     def _make(self, running: Running, fn: Function, record: Record) -> None:
@@ -115,7 +118,7 @@ class Life:
 
     def _fill(self, running: Running, entry: Entry, fn: Function) -> None:
         with explained(f"beginning the log of {entry.id!r}", self._root):
-            build_log = BuildLog.create(entry.log, turnstile=self._locks.turnstile(entry.id))
+            build_log = BuildLog.create(entry.file("log"), turnstile=self._locks.turnstile(entry.id))
         running.has_log(build_log, here=True)
         work = Workspace(self._backend, entry, build_log, running.cancel, self._scratch, self._caches)
         try:
@@ -144,9 +147,9 @@ class Life:
             entry.save(final)
             self._durability.before_rename(entry, tree, self._backend.seals_durably)
             with build_log.moving() as move:
-                published = self._backend.rename(entry.id)
-                move.to(published.log)
-        self._after_rename(published, record)
+                running.entry = self._backend.rename(entry.id)
+                move.to(running.entry.file("log"))
+        self._after_rename(running.entry, record)
         build_log.close()
 
     def _digest(self, tree: Path) -> str | None:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from .backend import Backend, Capability, Entry, Size, Usage
-from .builds import Build, Builds, Running
+from .builds import Build, Builds, Running, building
 from .caches import CacheInfo, Caches, Mode, locked_by
 from .durability import Durability
 from .errors import Busy, NotFound, StoreError, explained
@@ -330,19 +330,16 @@ class Store:
             check_id(base)
         lease = self._locks.lease(id)
         try:
-            if self._backend.result(id):
+            if found := self._backend.result(id):
                 self._index.touch(id)
-                return Build(id, lease, None, self._builds, self._keep), None
+                return Build(id, lease, None, found, self._builds, self._lend), None
             running, new = self._builds.join(id)
         except BaseException:
             lease.release()
             raise
-        build = Build(id, lease, running, self._builds, self._keep)
+        build = Build(id, lease, running, None, self._builds, self._lend)
         build.is_builder = new
         return build, running if new else None
-
-    def _keep(self, id: str, lease: Lease, outcome: str) -> Result:
-        return self._lend(self._entry(id), lease, outcome)
 
     def _lend(self, entry: Entry, lease: Lease, outcome: str) -> Result:
         if self._events.heard and outcome != "built":
@@ -360,7 +357,7 @@ class Store:
             with (
                 explained(f"building {running.id!r}", self._root),
                 self._builds.waiting(running.id),
-                self._builds.building(running),
+                building(running),
             ):
                 self._life.run(running, fn, base)
         except BaseException as raised:  # noqa: BLE001 (each caller gets it, or its like)
