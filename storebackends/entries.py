@@ -96,7 +96,7 @@ class EntryBackend(Backend):
         self.seal(entry)
         renames.rename(entry.folder, result)
         del self._builds[id]
-        return _entry(id, result)
+        return Entry(id, self.results / id)
 
     def result(self, id: str) -> Entry | None:
         """See Backend.result."""
