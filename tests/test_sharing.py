@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -308,3 +309,77 @@ def _waits_for(store: Store, id: str) -> list[str]:
         for path in store.root.glob(f"in-progress/{id}~*/build.json")
         for name in json.loads(path.read_text()).get("waits_for", ())
     ]
+
+
+# Each of two processes builds "x" on "y" and "y" on "x", or each in the other's function, in two threads at a time, and
+# prints what came of it; the result's tree must be whole for as long as it is held. Each call waits until the result of
+# the last one was pruned.
+BOTH = """if True:
+    import json, random, sys, threading, storebackends, tests.stores as stores
+    root, way, seed = stores.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    other = {"x": "y", "y": "x"}
+    def inside(id, pause):
+        def fn(work):
+            threading.Event().wait(pause)  # for the other one to begin meanwhile, or not
+            with store.build(other[id], stores.writes(f=other[id])) as part:
+                stores.writes(f=id, part=stores.files(part.path)["f"])(work)
+        return fn
+    def once(id, rng):
+        fn, base = stores.writes(f=id), rng.choice([None, other[id], other[id]])
+        if way == "function":
+            fn, base = inside(id, rng.random() / 20) if rng.random() < 0.8 else fn, None
+        stores.until(lambda: not (root / "result" / id).exists())
+        try:
+            with store.build(id, fn, base) as result:
+                tree = stores.files(result.path)
+                assert tree["f"] == id and tree.get("part") in (None, other[id]), tree
+                return [result.outcome, ""]
+        except storebackends.StoreError as error:
+            return [type(error).__name__, str(error)]
+    def calls(id):
+        rng = random.Random(f"{seed} {id}")
+        said[id] += [once(id, rng) for _ in range(15)]
+    with stores.open_copy(root) as store:
+        said = {"x": [], "y": []}
+        threads = [threading.Thread(target=calls, args=(id,)) for id in said]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+    print(json.dumps(said["x"] + said["y"]))
+"""
+PRUNER = """if True:
+    import sys, tests.stores as stores
+    gone = 0
+    with stores.open_copy(stores.Path(sys.argv[1])) as store:
+        while not stores.Path(sys.argv[1] + ".go").exists():
+            gone += len(store.prune(all=True).steps)
+            stores.Path(sys.argv[1] + ".prunes").touch()
+        gone += len(store.prune(all=True).steps)
+    print(gone)
+"""
+
+
+@pytest.mark.parametrize("way", ["base", "function"])
+def test_builds_on_each_other_beside_a_prune_end_in_a_result_or_name_the_circle(
+    root: Path, way: str, rng: random.Random
+) -> None:
+    pruner = python(PRUNER, root)
+    _started.append(pruner)
+    until(lambda: Path(f"{root}.prunes").exists())
+    builders = [python(BOTH, root, way, str(rng.random())) for _ in range(2)]
+    _started.extend(builders)
+
+    said = [json.loads(builder.communicate(timeout=WAIT)[0]) for builder in builders]
+    go(root)
+    gone = int(pruner.communicate(timeout=WAIT)[0])
+
+    assert [len(outcomes) for outcomes in said] == [30, 30]
+    for outcome, message in said[0] + said[1]:
+        circle = "would wait for itself" in message and " -> " in message
+        assert outcome in ("built", "attached", "hit", "BaseNotFound") or circle, message
+    assert any(outcome == "built" for outcome, _ in said[0] + said[1])
+    assert gone > 0
+    assert left_in_progress(root) == []
+    with open_copy(root) as store:
+        store.prune(all=True)
+        for id, base in (("x", None), ("y", "x")):
+            store.build(id, writes(f=id), base).release()
