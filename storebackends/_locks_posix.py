@@ -14,8 +14,14 @@ import struct  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 
-def _open(path: str) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _open(path: str, shared: bool) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS or not shared:
+            raise
+    return os.open(path, os.O_RDONLY | flags)  # enough to lease what is there
 
 
 class WholeFile:

@@ -43,7 +43,7 @@ class LockFile:
 
     per_id = False
 
-    def open(self, path: str) -> int:
+    def open(self, path: str, shared: bool) -> int:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_BINARY | os.O_NOINHERIT, 0o600)
 
     def lock(self, fd: int, offset: int, exclusive: bool) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ._log_windows import Turnstile
 from .backend import Entry
-from .errors import BuilderDied, BuildFailed, NotFound, StoreError
+from .errors import BuilderDied, BuildFailed, NotFound, StoreError, explained
 from .log import BuildLog
 from .records import Record
 
@@ -81,7 +81,8 @@ class Followed:
 def attempt_of(root: Path, id: str) -> str | None:
     """The attempt at *id* that is under way, or was when its builder died."""
     prefix = f"{id}~"
-    names = [name for name in os.listdir(root / "in-progress") if name.startswith(prefix)]
+    with explained(f"looking for a build of {id!r}", root):
+        names = [name for name in os.listdir(root / "in-progress") if name.startswith(prefix)]
     return names[0].removeprefix(prefix) if names else None
 
 

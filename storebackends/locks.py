@@ -39,7 +39,7 @@ class Strategy(Protocol):
 
     per_id: bool  # a file for each id, where a lock is on whole files; else 64 files a kind, a byte for each id
 
-    def open(self, path: str) -> int: ...
+    def open(self, path: str, shared: bool) -> int: ...
 
     def lock(self, fd: int, offset: int, exclusive: bool) -> bool: ...
 
@@ -288,7 +288,10 @@ class Locks:
         self._files: set[_File] = set()
         self._leases: dict[str, _File] = {}  # those of _files that leases of this process share, by name
         try:
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            os.makedirs(os.path.dirname(self._folder), exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self._folder, 0o700)
+                self._make_files()
         except OSError as error:
             raise _explained(self._folder, error) from error
 
@@ -355,6 +358,12 @@ class Locks:
                 for file in list(self._files):
                     self._close(file)
 
+    def _make_files(self) -> None:
+        """Make the files of leases, so that what is there can be leased where no file can be made any more."""
+        for number in range(0 if self._strategy.per_id else 64):
+            with _gate:
+                os.close(self._strategy.open(f"{self._folder}/use-{number:02x}", False))
+
     def _place(self, kind: str, id: str) -> Place:
         return _place(kind, id, self._strategy.per_id)
 
@@ -376,7 +385,7 @@ class Locks:
 
     def _open(self, name: str, pool: dict[str, _File] | None = None) -> _File:
         # The 64 files of leases stay open: the next lease, which will not be long, is then a single system call.
-        fd = self._strategy.open(f"{self._folder}/{name}")
+        fd = self._strategy.open(f"{self._folder}/{name}", pool is self._leases)
         file = _File(name, fd, pool, pool is not None and not self._strategy.per_id)
         _gate.descriptors.add(fd)
         self._files.add(file)
@@ -456,6 +465,8 @@ def _explained(path: str, error: OSError) -> StoreError:
         return NoSpace(path, reason)
     if error.errno in (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
         return NotSupported(f"locking {path}", reason, "keep the store on a local file system")
+    if error.errno == errno.EROFS:
+        return StoreError(f"cannot lock {path}: {reason}; until it can be written, what is there can only be read")
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return StoreError(f"cannot lock {path}: {reason}; raise the limit (ulimit -n)")
     return StoreError(f"cannot lock {path}: {reason}; check that you may write there")

@@ -7,6 +7,7 @@ A folder that holds other things and no marker is another program's and is left 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -56,9 +57,10 @@ def prepare(root: Path, backend: str, durability: str | None, boot: str) -> Mark
     except FileExistsError:
         raise ConfigError(str(root), ["is a file, not a folder; name another path for the store"]) from None
     except OSError as error:
-        raise StoreError(
-            f"{root} cannot be used as a store: {error.strerror}; a store needs a local folder that this user owns"
-        ) from error
+        way_out = "a store needs a local folder that this user owns"
+        if error.errno == errno.EROFS:
+            way_out = "mount it writable: to open a store is also to mend what a crash left in it"
+        raise StoreError(f"{root} cannot be used as a store: {error.strerror}; {way_out}") from error
     _check(root, marker, backend, durability)
     return marker
 

@@ -175,7 +175,9 @@ class Store:
             return live
         if entry := self._backend.result(id):
             return saved_log(entry)
-        if failed := self._failures.newest(id):
+        with explained("listing the failures", self._root):
+            failed = self._failures.newest(id)
+        if failed:
             return saved_log(failed)
         raise NotFound(id, f"no build, result or failure of {id!r} is known here, so there is no log")
 
@@ -213,12 +215,14 @@ class Store:
     def failures(self) -> set[str]:
         """The ids whose newest failures are kept, with their logs."""
         self._check_open()
-        return self._failures.ids()
+        with explained("listing the failures", self._root):
+            return self._failures.ids()
 
     def size(self, id: str) -> Size:
         """What deleting *id* would free. Raises NotFound."""
         self._check_open()
-        return self._backend.size(check_id(id))
+        with explained(f"measuring {id!r}", self._root):
+            return self._backend.size(check_id(id))
 
     @contextmanager
     def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Iterator[Path]:
@@ -282,7 +286,8 @@ class Store:
         """
         self._check_open()
         check = Check(self._backend, self._index, self._locks, self._failures, self.durability, self._unused)
-        return check.run(repair=repair, content=content, sample=sample, seed=seed)
+        with explained("checking the store", self._root):
+            return check.run(repair=repair, content=content, sample=sample, seed=seed)
 
     def listen(self, listener: Callable[[Event], object]) -> Listener:
         """Have *listener* called with each event (see storebackends.events) from now on, until its handle's close().

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import storebackends
-from storebackends import BuildFailed, NoSpace, Store, StoreError, Workspace
+from storebackends import BuildFailed, NoSpace, Result, Store, StoreError, Workspace
 from tests.capabilities import look, needs, probe, run
 from tests.stores import files, kept, left_in_progress, open_copy, writes
 
@@ -219,6 +219,133 @@ def test_a_disk_that_turns_read_only_refuses_changes_and_keeps_what_is_there(loo
         with open_copy(folder / "store") as store, store.build("c", writes(g="2"), base="b") as result:
             assert files(result.path) == {"f": "1", "g": "2"}
             assert left_in_progress(store.root) == []
+
+
+def fails(work: Workspace) -> None:
+    work.log.write(b"why")
+    raise ValueError(work.id)
+
+
+@needs("ext4")
+def test_what_needs_no_write_works_on_a_disk_that_turned_read_only(loop_fs: Mounted) -> None:
+    with loop_fs("ext4", size=64 << 20) as folder:
+        root = folder / "store"
+        with open_copy(root) as store:
+            store.build("a", writes(f="1")).release()
+            store.build("b", writes(g="1"), base="a").release()
+            with pytest.raises(BuildFailed):
+                store.build("failed", fails)
+            with store.cache("c") as path:
+                (path / "f").write_text("1")
+        with open_copy(root) as idle:  # it has read and locked nothing yet
+            run("sync", "-f", folder)
+            run("mount", "-o", "remount,abort", folder)
+
+            with kept(idle, "a") as result:
+                assert (files(result.path), b"".join(result.log.tail())) == ({"f": "1"}, b"f\n")
+            with idle.build("b", writes(f="other"), base="a") as result, idle.use("b") as same:
+                assert (result.outcome, files(same.path)) == ("hit", {"f": "1", "g": "1"})
+            assert b"".join(idle.log("b").tail()) == b"g\n"
+            assert b"".join(idle.log("failed").tail()) == b"why"
+            assert idle.result("none") is None
+            assert (sorted(idle.ids()), idle.children("a"), idle.record("b").base) == (["a", "b"], ["b"], "a")
+            assert (idle.running(), idle.failures()) == ([], {"failed"})
+            assert idle.size("a").bytes > 0
+            assert idle.usage().total > 0
+            assert [info.name for info in idle.caches()] == ["c"]
+            assert idle.fsck().is_clean
+
+            for act in (lambda: idle.build("c", writes(f="2")), lambda: idle.prune(all=True), lambda: open_copy(root)):
+                with pytest.raises(StoreError, match=r"(?i)read-only file system; ") as refused:
+                    act()
+                assert str(root) in str(refused.value)
+
+
+@needs("tmpfs")
+def test_a_store_on_a_read_only_disk_is_not_opened_and_says_why(small_tmpfs: Mounted) -> None:
+    with small_tmpfs() as folder:
+        with open_copy(folder / "store") as store:
+            store.build("a", writes(f="1")).release()
+        run("mount", "-o", "remount,ro", folder)
+
+        for root in (folder / "store", folder / "new"):
+            with pytest.raises(StoreError, match="(?i)read-only file system; mount it writable"):
+                open_copy(root)
+
+        run("mount", "-o", "remount,rw", folder)
+        with open_copy(folder / "store") as store:
+            assert list(store.ids()) == ["a"]
+
+
+# Folders of the store that another hand damaged.
+
+VERBS: dict[str, Callable[[Store], Any]] = {
+    "result": lambda store: _release(store.result("a")),
+    "use": lambda store: store.use("a").__enter__().release(),
+    "ids": lambda store: list(store.ids()),
+    "log": lambda store: b"".join(store.log("a").tail()),
+    "log of a failure": lambda store: b"".join(store.log("failed").tail()),
+    "log of nothing": lambda store: store.log("none"),
+    "children": lambda store: store.children("a"),
+    "record": lambda store: store.record("a"),
+    "running": lambda store: store.running(),
+    "failures": lambda store: store.failures(),
+    "size": lambda store: store.size("a"),
+    "usage": lambda store: store.usage(),
+    "caches": lambda store: store.caches(),
+    "cache": lambda store: store.cache("c").__enter__(),
+    "cache delete": lambda store: store.delete_cache("none"),
+    "fsck": lambda store: store.fsck(),
+    "repair": lambda store: store.fsck(repair=True),
+    "dry run": lambda store: store.prune(all=True, dry_run=True),
+    "hit": lambda store: store.build("a", writes(f="1")).release(),
+    "miss": lambda store: store.build("new", writes(f="1")).release(),
+    "start": lambda store: store.start("other", writes(f="1"), base="a").wait().release(),
+    "log of a start": lambda store: b"".join(store.start("third", writes(f="1")).log.tail()),
+    "function that builds": lambda store: store.build("4th", lambda _: store.build("5th", writes(f="1"))).release(),
+    "delete": lambda store: store.delete("b"),
+    "recursive": lambda store: store.delete("a", recursive=True),
+    "prune": lambda store: store.prune(all=True),
+    "close": lambda store: store.close(),
+    "open": lambda store: open_copy(store.root).close(),
+}
+
+
+def _release(result: Result | None) -> None:
+    if result:
+        result.release()
+
+
+@pytest.mark.parametrize(
+    "room", ["result", "in-progress", "failed", "caches", "loans", "trash", "scratch", "locks", "index.sqlite", ""]
+)
+@pytest.mark.parametrize("damage", ["gone", "a file"])
+def test_whatever_is_asked_of_a_store_without_one_of_its_folders_is_a_store_error(
+    tmp_path: Path, room: str, damage: str
+) -> None:
+    root = tmp_path / "store"
+    with open_copy(root) as store:
+        store.build("a", writes(f="1")).release()
+        store.build("b", writes(f="1"), base="a").release()
+        with pytest.raises(BuildFailed):
+            store.build("failed", lambda _: 1 / 0)
+    for verb, act in VERBS.items():
+        with open_copy(root) as store:
+            place, aside = root / room, tmp_path / "aside"
+            place.rename(aside)
+            if damage == "a file":
+                place.write_text("damaged")
+            try:
+                act(store)
+            except StoreError:
+                pass
+            except Exception as error:
+                raise AssertionError(f"{verb} raises {error!r}") from error
+            finally:
+                if place.is_dir():
+                    shutil.rmtree(place)
+                place.unlink(missing_ok=True)
+                aside.rename(place)
 
 
 # Clocks.
