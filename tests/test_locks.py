@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -452,7 +453,7 @@ def test_link_in_place_of_a_lock_file_is_not_followed(locks: Locks, tmp_path: Pa
 
 
 def test_folder_that_is_gone_is_explained(locks: Locks, tmp_path: Path) -> None:
-    os.rmdir(tmp_path / "locks")
+    shutil.rmtree(tmp_path / "locks")
 
     with pytest.raises(StoreError, match=r"cannot lock .*; check that you may write there"):
         locks.try_lease("app")
