@@ -45,6 +45,7 @@ class Capability(enum.StrEnum):
     NS_MTIME = "ns_mtime"
     SYMLINKS = "symlinks"
     HARDLINKS = "hardlinks"
+    LINKED = "linked"  # an edit of a file that the base has by several names is an edit of all of them
     SPARSE = "sparse"
     XATTRS = "xattrs"
     ACLS = "acls"

@@ -41,6 +41,7 @@ from .errors import (
 )
 from .hookspecs import hookimpl, hookspec
 from .ids import check_id
+from .locks import Locks
 from .process import Finished, tool
 
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "EntryBackend",
     "Finished",
     "InvalidId",
+    "Locks",
     "NoSpace",
     "NotFound",
     "NotSupported",

@@ -108,7 +108,7 @@ def capabilities(folder: Path) -> frozenset[Capability]:
     """What copy() keeps on the file system of *folder* for this user: tried there, in a temporary folder."""
 
     def trials(scratch: str) -> frozenset[Capability]:
-        found = {Capability.HOST_TREE, Capability.DETACHED}
+        found = {Capability.HOST_TREE, Capability.DETACHED, Capability.LINKED}
         for capability, trial in _native.TRIALS.items():
             file = os.path.join(scratch, capability)
             with suppress(OSError), open(file, "xb"):

@@ -179,7 +179,7 @@ class _Edits:
     def __init__(self, rng: random.Random, capabilities: frozenset[Capability]) -> None:
         self._rng = rng
         self._kinds = [self._write, self._write, self._rename, self._remove, self._chmod_folder]
-        self._kinds += [self._link] if Capability.HARDLINKS in capabilities else []
+        self._kinds += [self._link] if {Capability.HARDLINKS, Capability.LINKED} <= capabilities else []
         self._kinds += [self._symlink] if Capability.SYMLINKS in capabilities else []
 
     def apply(self, *trees: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from storebackends.backend import Backend, Capability
-from storebackends.errors import BaseNotFound, BuildFailed, Busy, Cancelled, NotFound, StoreError
+from storebackends.errors import BaseNotFound, BuildFailed, Busy, Cancelled, StoreError
 from storebackends.ids import new_attempt
 from storebackends.store import Store
 from storebackends.workspace import Workspace
@@ -349,7 +349,8 @@ class Life(Harness):
 
         with self.open_store(root) as store:
             assert sorted(store.ids()) == ["base", "child"]
-            assert contents(_path(store, "child")) == OLD | NEW
+            with store.use("child") as child:
+                assert contents(child.path) == OLD | NEW
             assert store.children("base") == ["child"]
             self._assert_nothing_is_left(store, root)
 
@@ -420,10 +421,3 @@ def _dying(store: Store) -> Callable[[Workspace], None]:
         die()
 
     return function
-
-
-def _path(store: Store, id: str) -> Path:
-    found = store.result(id)
-    if found is None:
-        raise NotFound(id)
-    return found.path
