@@ -8,14 +8,14 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.capabilities import needs
+from tests.capabilities import MIB, needs, small_tmpfs
 
 pytestmark = [needs("proc", "fork"), pytest.mark.slow]
 
@@ -25,16 +25,30 @@ class Kind(NamedTuple):
 
     backend: str
     options: Mapping[str, Any] = MappingProxyType({})
+    on: str = ""  # a file system of its own, where that of the temporary folder may not do
 
 
 RSYNC = needs("rsync")
+COPY = pytest.param(Kind("copy"), id="copy")
+OVERLAY = pytest.param(Kind("overlay", {"depth": 2}, on="tmpfs"), id="overlay", marks=needs("overlay", "tmpfs"))
 KINDS = [
-    pytest.param(Kind("copy"), id="copy"),
+    COPY,
+    OVERLAY,
     pytest.param(Kind("rsync", {"mode": "copy"}), id="rsync-copy", marks=RSYNC),
     pytest.param(Kind("rsync", {"mode": "hardlink"}), id="rsync-hardlink", marks=RSYNC),
     pytest.param(Kind("rsync", {"mode": "hardlink_unsafe"}), id="rsync-hardlink_unsafe", marks=RSYNC),
 ]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def folder(kind: Kind, tmp_path: Path) -> Iterator[Path]:
+    """Where stores of that kind can be."""
+    if kind.on == "tmpfs":
+        with small_tmpfs(tmp_path, 1024 * MIB) as mount:
+            yield mount
+    else:
+        yield tmp_path
 
 
 def stress(kind: Kind, folder: Path, rng: random.Random, *arguments: str) -> None:
@@ -56,22 +70,23 @@ def stress(kind: Kind, folder: Path, rng: random.Random, *arguments: str) -> Non
 
 @every_kind
 def test_whatever_many_processes_and_threads_do_at_once_all_is_whole_and_nothing_is_left(
-    kind: Kind, tmp_path: Path, rng: random.Random
+    kind: Kind, folder: Path, rng: random.Random
 ) -> None:
-    stress(kind, tmp_path, rng, "--calls", "8")
+    stress(kind, folder, rng, "--calls", "8")
 
 
-def test_builders_that_are_killed_cost_nobody_else_anything(tmp_path: Path, rng: random.Random) -> None:
-    stress(Kind("copy"), tmp_path, rng, "--kills", "8", "--durability", "group")
-
-
-@pytest.mark.soak
-@every_kind
-def test_a_minute_of_it(kind: Kind, tmp_path: Path, rng: random.Random) -> None:
-    stress(kind, tmp_path, rng, "--seconds", "60")
+@pytest.mark.parametrize("kind", [COPY, OVERLAY])
+def test_builders_that_are_killed_cost_nobody_else_anything(kind: Kind, folder: Path, rng: random.Random) -> None:
+    stress(kind, folder, rng, "--kills", "8", "--durability", "group")
 
 
 @pytest.mark.soak
 @every_kind
-def test_500_kills(kind: Kind, tmp_path: Path, rng: random.Random) -> None:
-    stress(kind, tmp_path, rng, "--kills", "500", "--durability", "group")
+def test_a_minute_of_it(kind: Kind, folder: Path, rng: random.Random) -> None:
+    stress(kind, folder, rng, "--seconds", "60")
+
+
+@pytest.mark.soak
+@every_kind
+def test_500_kills(kind: Kind, folder: Path, rng: random.Random) -> None:
+    stress(kind, folder, rng, "--kills", "500", "--durability", "group")

@@ -33,7 +33,7 @@ _MS_RDONLY, _MS_PRIVATE = 1, 1 << 18
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _PAGE = 4095
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_TRIES, _PAUSE = 40, 0.05  # a process that was just killed, or a scanner, lets go within moments
+_TRIES, _PAUSE = 100, 0.05  # a process that was just killed, or a scanner, lets go within moments
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -105,13 +105,14 @@ class Driver:
 
     def problems(self) -> Iterator[str]:
         """What the checker finds, and what is left."""
-        root, checker = self._config.root, Checker(read(self._config.journal))
+        checker = Checker(read(self._config.journal))
         print(checker.summary())
         if self._config.forks:
             self._config.open().close()  # what the killed ones left goes when the store is opened
-        yield from checker.problems(root / "result")
-        yield from self._left()
+        yield from list(self._left())  # before the store is opened, which would remove it
         with self._config.open() as store:
+            with ExitStack() as held:
+                yield from checker.problems({id: held.enter_context(store.use(id)).path for id in store.ids()})
             # A row of the index may outlive its killed builder: it is asked of the disk before it is believed.
             harmless = {"unsynced", *(["index"] if self._config.forks else [])}
             findings = store.fsck(content=True).findings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -64,7 +64,8 @@ class Checker:
             elif kind == "killed":
                 self.killed[event["killed"]] = now
 
-    def problems(self, results: Path) -> list[str]:
+    def problems(self, results: Mapping[str, Path]) -> list[str]:
+        """All that is wrong; *results* are the trees that are there in the end, by id."""
         checks = (
             self._reported(),
             self._unaccounted(),
@@ -198,15 +199,15 @@ class Checker:
                         could_be -= {holder["found"]}
                 holder = None
 
-    def _visible(self, results: Path) -> Iterator[str]:
+    def _visible(self, results: Mapping[str, Path]) -> Iterator[str]:
         """What is there in the end is what the function of that attempt wrote, on that base."""
-        for tree in sorted(results.glob("*/rootfs")):
+        for id, tree in sorted(results.items()):
             try:
                 manifest, digest = trees.whole(tree)
             except (trees.NotWhole, OSError, ValueError) as error:
                 yield f"{tree} is not whole: {error}"
                 continue
-            yield from self._written(manifest["attempt"], tree.parent.name, digest)
+            yield from self._written(manifest["attempt"], id, digest)
 
     def _written(self, attempt: str, id: str, digest: str) -> Iterator[str]:
         run = self.runs.get(attempt)
@@ -217,13 +218,13 @@ class Checker:
             if base.end is None or base.end.get("digest") != run.end["base_digest"]:
                 yield f"{run} began with another tree than its base had: {base}"
 
-    def _lost(self, results: Path) -> Iterator[str]:
+    def _lost(self, results: Mapping[str, Path]) -> Iterator[str]:
         """What somebody got is still there, unless it was deleted since; and what is read is what was written."""
         last: dict[str, tuple[int, str]] = {}
         for now, event in self._of("got"):
             last[event["id"]] = now, event["attempt"]
         for id, (when, attempt) in last.items():
-            there = trees.whole(results / id / "rootfs")[0]["attempt"] if (results / id).exists() else None
+            there = trees.whole(results[id])[0]["attempt"] if id in results else None
             if there != attempt and not self._may_be_gone(id, when, len(self.events)):
                 yield f"{id} was there with attempt {attempt} and nobody deleted it; now there is {there}"
         for _, event in self._of("read"):

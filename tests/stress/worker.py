@@ -87,7 +87,7 @@ def work(config: Config, name: str, lifeline: Connection) -> None:
         for thread in threads:
             thread.start()
         if config.forks and os.fork() == 0:
-            _linger(lifeline)
+            _linger(config, lifeline)
         for thread in threads:
             thread.join()
     if left := _open_files() - before:
@@ -104,7 +104,12 @@ def _open_files() -> Counter[str]:
     return Counter(path for path in descriptors() if path != "anon_inode:inotify")
 
 
-def _linger(lifeline: Connection) -> None:
+def _linger(config: Config, lifeline: Connection) -> None:
+    """Keep what was inherited, but for what is open in a tree that is mounted: as long as it is, that is not built."""
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"{config.root}/overlay/"):
+                os.close(int(fd))
     with suppress(EOFError, OSError):
         lifeline.recv()
     os._exit(0)
