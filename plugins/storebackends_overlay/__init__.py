@@ -23,18 +23,19 @@ class OverlayOptions(Options):
 
 def probe(path: Path) -> Support:
     """Can overlays be mounted there by this user? Tried in a temporary folder. Never chosen unasked."""
-    if sys.platform != "linux":
-        return Support(False, "overlayfs is a file system of Linux", "use the backend 'copy'")
-    from .trial import trial
+    if sys.platform == "linux":
+        from .trial import trial
 
-    folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
-    try:
-        found = trial(folder)
-    except NotSupported as error:
-        return Support(False, error.reason, error.fix)
-    except (StoreError, OSError) as error:
-        return Support(False, str(error), "name a folder that this user may write to")
-    return Support(True, "as in a user namespace: a folder of a base cannot be renamed" if found.unprivileged else "")
+        folder = next(p for p in (path, *path.absolute().parents) if p.is_dir())
+        try:
+            found = trial(folder)
+        except NotSupported as error:
+            return Support(False, error.reason, error.fix)
+        except (StoreError, OSError) as error:
+            return Support(False, str(error), "name a folder that this user may write to")
+        return Support(True, "a folder of a base cannot be renamed in a user namespace" if found.unprivileged else "")
+    else:  # noqa: RET505 (or the type checker would take it for unreachable)
+        return Support(False, "overlayfs is a file system of Linux", "use the backend 'copy'")
 
 
 @hookimpl

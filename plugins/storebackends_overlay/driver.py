@@ -46,12 +46,11 @@ from storebackends.plugin import (
     trees,
 )
 
-from . import OverlayOptions, mounting
-from .trial import Found, trial
-from .views import Views, remove_all, stale, unmount_and_remove
+assert sys.platform == "linux", "overlayfs is a file system of Linux"  # noqa: S101 (tells the type checker, too)
 
-if sys.platform != "linux":
-    raise NotSupported("an overlay store", "overlayfs is a file system of Linux", "use the backend 'copy'")
+from . import OverlayOptions, mounting  # noqa: E402
+from .trial import Found, trial  # noqa: E402
+from .views import Views, remove_all, stale, unmount_and_remove  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -137,8 +136,9 @@ class OverlayBackend(EntryBackend):
             held = ", ".join(mounting.holders(point)) or "a process that this user cannot see"
             reason = f"its tree cannot be unmounted: {held} has something open in it; end that, or close it"
             raise BuildFailed(entry.id, entry.attempt, reason) from error
-        unmount_and_remove(point)
-        trees.remove(entry.folder / "work")  # what `volatile` leaves there forbids to mount the layer again
+        with suppress(FileNotFoundError):  # an earlier try came as far as that
+            os.rmdir(point)
+        _remove_work(f"{entry.folder}/work")
 
     def remove(self, folder: Path) -> None:
         """Unmount the tree of what was a build, and remove the folder."""
@@ -272,6 +272,16 @@ def _make_like(folder: str, other: str) -> None:
             os.setxattr(folder, name, os.getxattr(other, name))
     os.chmod(folder, stat.S_IMODE(status.st_mode))
     os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _remove_work(work: str) -> None:
+    """Remove what overlayfs leaves: `volatile` has put a mark there that forbids to mount the layer again."""
+    with suppress(OSError):
+        os.unlink(f"{work}/work/incompat/volatile/dirty")
+        for folder in ("/work/incompat/volatile", "/work/incompat", "/work", ""):
+            os.rmdir(f"{work}{folder}")
+        return
+    trees.remove(Path(work))  # it is not as we know it, or an earlier try came as far as that
 
 
 # What overlayfs keeps of its own. With another "overlay." it is what a build set by that name, which is its own affair.

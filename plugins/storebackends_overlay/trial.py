@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 from storebackends.plugin import Capability, NotSupported, trees
 
-from . import mounting
+assert sys.platform == "linux", "overlayfs is a file system of Linux"  # noqa: S101 (tells the type checker, too)
 
-if sys.platform != "linux":
-    raise NotSupported("an overlay", "overlayfs is a file system of Linux", "use the backend 'copy'")
+from . import mounting  # noqa: E402
 
 _FIXES = {
     errno.EPERM: "run it as root, or all of it in a user namespace: unshare --user --map-root-user --mount",

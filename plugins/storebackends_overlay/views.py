@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from pathlib import Path
 
 from storebackends.plugin import Locks, trees
 
-from . import mounting
+assert sys.platform == "linux", "overlayfs is a file system of Linux"  # noqa: S101 (tells the type checker, too)
+
+from . import mounting  # noqa: E402
 
 
 class Views:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from storebackends.errors import NotFound, StoreError
+from storebackends.errors import NotFound, NotSupported, StoreError
 
 from ._common import (
     as_json,
@@ -40,12 +40,19 @@ def result(store: Store, id: str, as_json: bool) -> None:
     """
     id = find(store, id)
     with store.result(id) or _vanished(id) as found:
-        if as_json:
-            print_json({**facts(found.record), "path": str(found.path)})
-        elif sys.stdout.isatty():
-            click.echo(printable(str(found.path)))
-        else:
-            sys.stdout.buffer.write(os.fsencode(found.path) + b"\n")
+        record, path = found.record, found.path
+    if not path.is_dir():
+        raise NotSupported(
+            f"telling where {id!r} is",
+            "a store of this backend shows a tree for as long as a process holds it, and this one ends",
+            f"run a command on it: storebackends run --base {id} -- ...",
+        )
+    if as_json:
+        print_json({**facts(record), "path": str(path)})
+    elif sys.stdout.isatty():
+        click.echo(printable(str(path)))
+    else:
+        sys.stdout.buffer.write(os.fsencode(path) + b"\n")
 
 
 @click.command(epilog=example("storebackends log -f app-2"))

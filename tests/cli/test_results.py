@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from tests.capabilities import needs
 from tests.cli.host import Host
 from tests.stores import WAIT, files, open_copy, writes
+
+Mounted = Callable[..., AbstractContextManager[Path]]
 
 
 @pytest.fixture
@@ -28,6 +32,20 @@ def test_result_prints_where_the_tree_is(family: Host) -> None:
 
     assert files(Path(path.removesuffix("\n"))) == {"f": "app-2"}
     assert (facts["path"] + "\n", facts["id"], facts["base"]) == (path, "app-2", "base")
+
+
+@needs("overlay")
+def test_result_gives_no_path_that_ends_with_the_command(host: Host, small_tmpfs: Mounted) -> None:
+    with small_tmpfs() as disk:
+        host.root = disk / "store"
+        host.configure(backend="overlay")
+        host("run", "--id", "app", "--", "touch", "made")
+
+        said = host("result", "app", code=3).err
+
+        assert "storebackends run --base app -- ..." in said
+        host("run", "--id", "child", "--base", "app", "--", "ls")
+        assert host("log", "child").out == "$ ls\nmade\n"
 
 
 def test_an_id_may_be_cut_short_where_that_leaves_no_doubt(family: Host) -> None:

@@ -27,12 +27,15 @@ from storebackends.testing.fidelity import _Edits
 from storebackends.testing.harness import contents, publish, write
 from storebackends.testing.kills import die, killed_inside
 from storebackends.testing.trees import make_rich, snapshot
-from storebackends_overlay import OverlayOptions, mounting, probe
-from storebackends_overlay.driver import OverlayBackend
+from storebackends_overlay import OverlayOptions, probe
+from tests import capabilities
 from tests.capabilities import needs, run
 from tests.stores import files, kept, left_in_progress, writes
 
-pytestmark = needs("overlay", "tmpfs", "proc")
+if sys.platform != "linux":
+    pytest.skip("needs overlays, which are Linux's", allow_module_level=True)
+from storebackends_overlay import mounting
+from storebackends_overlay.driver import OverlayBackend
 
 Mounted = Callable[..., AbstractContextManager[Path]]
 WAYS = ["descriptors", "paths", "mount(2)"]
@@ -41,6 +44,7 @@ WAYS = ["descriptors", "paths", "mount(2)"]
 @pytest.fixture
 def disk(small_tmpfs: Mounted) -> Iterator[Path]:
     """Memory of its own: that of the temporary folder may be an overlay itself."""
+    capabilities.require("overlay")
     with small_tmpfs(size=64 << 20) as folder:
         yield folder
 
@@ -102,6 +106,16 @@ def test_on_an_overlay_there_is_none_and_it_is_said_where(disk: Path) -> None:
 
     assert not support.usable
     assert "ext4, XFS, btrfs or tmpfs" in support.fix
+
+
+@needs("unprivileged")
+def test_a_user_who_may_not_mount_is_told_what_would_help(tmp_path: Path) -> None:
+    support = probe(tmp_path)
+
+    assert not support.usable
+    assert "unshare --user --map-root-user --mount" in support.fix
+    with pytest.raises(NotSupported, match="unshare"):
+        opened(tmp_path / "store")
 
 
 @pytest.mark.parametrize("options", [{"depth": 0}, {"depth": 151}, {"depth": "9"}, {"deep": 1}])
@@ -247,7 +261,7 @@ def test_fsck_takes_a_result_out_of_the_way_whose_layers_are_gone(store: Store) 
     store.build("base", writes(f="2")).release()
 
 
-@needs("xfs", "ext4")
+@needs("overlay", "xfs", "ext4")
 def test_sizes_are_those_of_the_layer_and_exact_where_no_block_is_shared(loop_fs: Mounted) -> None:
     for kind, exact in (("ext4", True), ("xfs", False)):
         with loop_fs(kind) as folder, opened(folder / "store") as store:

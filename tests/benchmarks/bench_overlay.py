@@ -1,0 +1,145 @@
+"""A step on an overlay store: beside its system calls alone, and beside containerd's snapshotter of that name."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import storebackends
+from storebackends import Store
+from storebackends.ids import new_attempt
+from storebackends_overlay import probe
+from tests.stores import writes
+
+from .harness import Case, microseconds_each, milliseconds, scratch
+
+COUNT = 50
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def cases() -> Iterator[Case]:
+    """Builds on a base of two layers. What this machine cannot do is passed over, with the reason."""
+    with scratch() as folder:
+        if not (support := probe(folder)).usable:
+            _skip("overlay", support.reason)
+            return
+        with storebackends.open_store(backend="overlay", path=folder / "store", durability="none") as store:
+            store.build("first", writes(f="1")).release()
+            store.build("base", writes(g="1"), base="first").release()
+            ids = (f"step-{n}" for n in count())
+            layers = [_upper(store, "base"), _upper(store, "first")]
+            bare = microseconds_each(COUNT, lambda: _bare(folder / "bare", layers))
+            for name, step, gate in (("clone, seal and rename", _step, 3), ("a trivial build", _build, None)):
+                ours = microseconds_each(COUNT, partial(_repeat, step, store, ids))
+                yield Case(f"overlay: {name}", ours, bare, "mount, umount, rename", unit="µs", at_most=gate)
+            if shutil.which("containerd") is None or shutil.which("ctr") is None:
+                _skip("overlay beside containerd", "containerd is not installed")
+                return
+            with _containerd(folder / "containerd") as ctr:
+                ctr("prepare", "k", "")
+                ctr("commit", "base", "k")
+                yield Case(
+                    "overlay: a trivial build, and its deletion",
+                    milliseconds(lambda: _build_and_delete(store, next(ids))),
+                    milliseconds(lambda: _snapshot(ctr)),
+                    "ctr snapshots prepare, commit, rm",
+                    at_most=0.1,
+                )
+
+
+def _skip(what: str, reason: str) -> None:
+    print(f"{what}: passed over, {reason}", file=sys.stderr)
+
+
+def _upper(store: Store, id: str) -> Path:
+    (upper,) = (store.root / "result" / id).glob("upper~*")
+    return upper
+
+
+def _repeat(step: Callable[[Store, str], None], store: Store, ids: Iterator[str]) -> None:
+    for _ in range(COUNT):
+        step(store, next(ids))
+
+
+def _step(store: Store, id: str) -> None:
+    """What the backend does for a build."""
+    store._backend.build(id, "base", new_attempt())
+    store._backend.rename(id)
+
+
+def _build(store: Store, id: str) -> None:
+    store.build(id, writes(), base="base").release()
+
+
+def _build_and_delete(store: Store, id: str) -> None:
+    _build(store, id)
+    store.delete(id)
+
+
+def _bare(folder: Path, layers: list[Path]) -> None:
+    """Nothing but the calls, on folders that are there already."""
+    names = ("upper", "work", "tree", "entry")
+    upper, work, tree, entry = (str(folder / name) for name in names)
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    options = f"lowerdir={':'.join(map(str, layers))},upperdir={upper},workdir={work}".encode()
+    for _ in range(COUNT):
+        assert _libc.mount(b"overlay", tree.encode(), b"overlay", ctypes.c_ulong(0), options) == 0
+        assert _libc.umount2(tree.encode(), 0) == 0
+        os.rename(entry, f"{entry}~")
+        os.rename(f"{entry}~", entry)
+
+
+class _Ctr:
+    """`ctr snapshots`, each call a program as its users run it."""
+
+    def __init__(self, socket: Path) -> None:
+        self._argv = ["ctr", "--address", str(socket), "snapshots", "--snapshotter", "overlayfs"]
+
+    def __call__(self, *words: str) -> None:
+        argv = [*self._argv, *(word for word in words if word)]
+        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+
+
+def _snapshot(ctr: _Ctr) -> None:
+    ctr("prepare", "key", "base")
+    ctr("commit", "result", "key")
+    ctr("rm", "result")
+
+
+@contextmanager
+def _containerd(folder: Path) -> Iterator[_Ctr]:
+    """A daemon of our own, ended with the block."""
+    folder.mkdir()
+    socket, config = folder / "socket", folder / "config.toml"
+    lines = [f'root = "{folder}/root"', f'state = "{folder}/state"', 'disabled_plugins = ["io.containerd.grpc.v1.cri"]']
+    config.write_text("\n".join(["version = 2", *lines, "[grpc]", f'address = "{socket}"']))
+    with (folder / "log").open("wb") as log:
+        daemon = subprocess.Popen(["containerd", "--config", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        ctr = _Ctr(socket)
+        _await(lambda: ctr("ls"), daemon)
+        yield ctr
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def _await(ready: Callable[[], object], daemon: subprocess.Popen[bytes]) -> None:
+    for _ in range(300):
+        with suppress(subprocess.CalledProcessError):
+            ready()
+            return
+        if daemon.poll() is not None:
+            break
+        threading.Event().wait(0.1)
+    raise OSError(f"containerd did not come up: {daemon.args!r}")
