@@ -258,10 +258,14 @@ def _open_writable(name: str, parent: int) -> int:
     except PermissionError:
         make_writable(name, parent)
         fd = open_same_mount(name, parent)
-    mode = stat.S_IMODE(os.fstat(fd).st_mode)
-    if mode & stat.S_IRWXU != stat.S_IRWXU:
-        with suppress(PermissionError):  # another's; unlink(2) will say so where it matters
-            os.fchmod(fd, mode | stat.S_IRWXU)
+    try:
+        mode = stat.S_IMODE(os.fstat(fd).st_mode)
+        if mode & stat.S_IRWXU != stat.S_IRWXU:
+            with suppress(PermissionError):  # another's; unlink(2) will say so where it matters
+                os.fchmod(fd, mode | stat.S_IRWXU)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from .backend import Entry
-from .errors import StoreError
+from .errors import StoreError, explained
 from .locks import Lease
 from .log import BuildLog
 from .records import Record
@@ -45,7 +45,8 @@ class Result:
             raise StoreError(f"the result {self.id!r} was released; ask the store for it again")
         if self._path is None:
             view = self._show(self)
-            self._path, self._view = view.__enter__(), view
+            with explained(f"showing {self.id!r}", self._entry.folder):
+                self._path, self._view = view.__enter__(), view
         return self._path
 
     @property
@@ -74,7 +75,8 @@ class Result:
         view, self._view = self._view, None
         try:
             if view:
-                view.__exit__(None, None, None)
+                with explained(f"ending the view of {self.id!r}", self._entry.folder):
+                    view.__exit__(None, None, None)
         finally:
             self._lease.release()
 

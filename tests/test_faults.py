@@ -57,9 +57,14 @@ KINDS = {
     "copy": ("copy", {}),
     "rsync-copy": ("rsync", {"mode": "copy"}),
     "rsync-hardlink": ("rsync", {"mode": "hardlink"}),
+    "overlay": ("overlay", {"depth": 1}),
 }
 every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(name, marks=needs("rsync") if "rsync" in name else ()) for name in KINDS]
+    "kind",
+    [
+        pytest.param(name, marks=[needs(ability) for ability in ("rsync", "overlay") if ability in name])
+        for name in KINDS
+    ],
 )
 
 
@@ -76,10 +81,11 @@ def sweep(shim: Path, area: Path, kind: str, fault: str, first: int, step: int) 
 
 @needs("cc", "proc")
 @pytest.mark.parametrize("fault", ["EIO", "EDQUOT"])
+@pytest.mark.parametrize("kind", ["copy", pytest.param("overlay", marks=needs("overlay"))])
 def test_a_system_call_that_fails_costs_a_clear_error_and_nothing_else(
-    shim: Path, area: Path, fault: str, rng: random.Random
+    shim: Path, area: Path, kind: str, fault: str, rng: random.Random
 ) -> None:
-    sweep(shim, area, "copy", fault, rng.randint(1, 7), 7)
+    sweep(shim, area, kind, fault, rng.randint(1, 7), 7)
 
 
 @pytest.mark.soak

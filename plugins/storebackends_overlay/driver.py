@@ -142,7 +142,9 @@ class OverlayBackend(EntryBackend):
 
     def remove(self, folder: Path) -> None:
         """Unmount the tree of what was a build, and remove the folder."""
-        unmount_and_remove(f"{self._mounts}/{folder.name.rpartition('~')[0]}")  # a grave is called ID~ATTEMPT~NONCE
+        name = folder.name.rpartition("~")[0]  # a grave is called ID~ATTEMPT~NONCE, or that of a result ID~NONCE
+        if "~" in name:
+            unmount_and_remove(f"{self._mounts}/{name}")
         super().remove(folder)
 
     @contextmanager
@@ -190,9 +192,10 @@ class OverlayBackend(EntryBackend):
         except FileNotFoundError:
             raise NotFound(entry.id, f"{entry.tree_record} is not there: {entry.id!r} was deleted meanwhile") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
+            raise NotFound(
+                entry.id,
                 f"{entry.tree_record} does not tell of what layers {entry.id!r} is made ({error}); "
-                "delete it recursively, and build it again"
+                "delete it recursively, and build it again",
             ) from error
 
     def _path(self, layer: Layer) -> str:

@@ -44,7 +44,8 @@ class Views:
         with self._entered():
             point = f"{self.folder}/{name}"
             if name not in self._shown:
-                os.mkdir(point, 0o700)
+                with suppress(FileExistsError):  # it could not be removed after the last view
+                    os.mkdir(point, 0o700)
                 try:
                     mount(point)
                 except BaseException:

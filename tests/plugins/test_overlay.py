@@ -249,10 +249,15 @@ def test_a_layer_of_another_attempt_is_never_taken_for_the_one_that_was_built_on
         backend.build("grandchild", "child", new_attempt())
 
 
-def test_fsck_takes_a_result_out_of_the_way_whose_layers_are_gone(store: Store) -> None:
+@pytest.mark.parametrize("damage", ["base is gone", "record is torn"])
+def test_fsck_takes_a_result_out_of_the_way_whose_layers_are_gone(store: Store, damage: str) -> None:
     store.build("base", writes(f="1")).release()
     store.build("child", writes(g="1"), base="base").release()
-    shutil.rmtree(store.root / "result" / "base")
+    if damage == "base is gone":
+        shutil.rmtree(store.root / "result" / "base")
+    else:
+        for id in ("base", "child"):
+            (store.root / "result" / id / "tree.json").write_text('{"layers": [["ba')
 
     findings = store.fsck(repair=True).findings
 
