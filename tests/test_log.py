@@ -624,6 +624,18 @@ def test_a_log_that_is_gone_is_not_found(log: BuildLog, strategy: type[Strategy]
             look()
 
 
+@pytest.mark.skipif(not hasattr(os, "pread"), reason="needs pread()")
+def test_by_descriptor_a_build_that_replaces_its_own_log_deceives_no_reader(entry: Path) -> None:
+    log = BuildLog.create(entry / "log", strategy=DupFd)
+    log.write(b"as written")
+    os.unlink(log.path)
+    log.path.write_bytes(b"a forgery.")
+
+    with log.tail(follow=False) as reader:
+        assert b"".join(reader) == b"as written"
+    log.close()
+
+
 def test_a_saved_log_ends_at_its_length(log: BuildLog, strategy: type[Strategy]) -> None:
     log.write(b"the log, and what a stray process added")
     log.close()
