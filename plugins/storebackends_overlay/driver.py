@@ -129,15 +129,15 @@ class OverlayBackend(EntryBackend):
             return
         point = self._point(entry)
         try:
-            mounting.unmount(point)
+            if not mounting.unmount(point) and os.path.isdir(point):  # else an earlier try came as far as that
+                raise BuildFailed(entry.id, entry.attempt, "somebody unmounted its tree, so that it is not whole")
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            held = ", ".join(mounting.holders(point)) or "a process that this user cannot see"
-            reason = f"its tree cannot be unmounted: {held} has something open in it; end that, or close it"
+            held = ", ".join(mounting.inside(point) or mounting.holders(point)) or "a process that cannot be seen"
+            reason = f"its tree cannot be unmounted: {held} keeps it in use; end that, or close what is open"
             raise BuildFailed(entry.id, entry.attempt, reason) from error
-        with suppress(FileNotFoundError):  # an earlier try came as far as that
-            os.rmdir(point)
+        unmount_and_remove(point)
         _remove_work(f"{entry.folder}/work")
 
     def remove(self, folder: Path) -> None:

@@ -152,22 +152,23 @@ def _folders(lower: str, layers: Sequence[str], upper: str | None, work: str | N
 # Unmounting.
 
 
-def unmount(point: str) -> None:
-    """Undo all that is mounted on *point* and inside of it. That nothing is, is fine.
+def unmount(point: str) -> bool:
+    """Undo all that is mounted on *point* and inside of it; False where nothing was.
 
     Raises OSError EBUSY where something stays open there: whoever has it open could go on writing to it unseen, so it
     stays mounted.
     """
+    done = False
     for _ in range(_TRIES):
         try:
             while _unmount(point, 0):
-                pass
+                done = True
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
             busy = error
         else:
-            return
+            return done
         if not _unmount_inside(point):
             threading.Event().wait(_PAUSE)
     raise busy
@@ -179,21 +180,21 @@ def detach(point: str) -> None:
         pass
 
 
-def mounted() -> list[str]:
-    """Every mount point of this namespace."""
+def inside(folder: str) -> list[str]:
+    """The mount points below a folder, in this namespace."""
     with open("/proc/self/mountinfo", "rb") as file:
         points = [line.split(b" ")[4] for line in file]
     # Blanks and the like are written as \040.
-    return [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), point)) for point in points]
+    paths = [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), point)) for point in points]
+    return [path for path in paths if path.startswith(f"{folder}/")]
 
 
 def _unmount_inside(point: str) -> bool:
     """Unmount what is mounted below *point*, the deepest first; False where nothing could be."""
     done = False
-    for path in sorted(mounted(), key=len, reverse=True):
-        if path.startswith(f"{point}/"):
-            with suppress(OSError):
-                done |= _unmount_at(point, path.removeprefix(f"{point}/").split("/"))
+    for path in sorted(inside(point), key=len, reverse=True):
+        with suppress(OSError):
+            done |= _unmount_at(point, path.removeprefix(f"{point}/").split("/"))
     return done
 
 

@@ -8,6 +8,7 @@ lock can be had belongs to the dead, and its mounts are nobody's.
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import sys
@@ -108,15 +109,20 @@ def stale(room: str, locks: Locks) -> Iterator[str]:
 def unmount_and_remove(point: str) -> None:
     """Undo what is mounted on a folder, and remove that. Idempotent."""
     mounting.detach(point)
-    with suppress(FileNotFoundError):
+    try:
         os.rmdir(point)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:
+            raise
+        trees.remove(Path(point))  # somebody else had unmounted it, and it was written to since
 
 
 def remove_all(folder: str) -> None:
     """Undo what is mounted in a folder, and remove all of that. Idempotent."""
-    for point in mounting.mounted():
-        if point.startswith(f"{folder}/"):
-            mounting.detach(point)
+    for point in mounting.inside(folder):
+        mounting.detach(point)
     trees.remove(Path(folder))
 
 

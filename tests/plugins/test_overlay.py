@@ -79,7 +79,7 @@ def tree_of(backend: OverlayBackend, id: str, base: str | None = None) -> Path:
 
 def points(folder: Path) -> list[str]:
     """What is mounted below a folder."""
-    return [point for point in mounting.mounted() if point.startswith(f"{folder}/")]
+    return mounting.inside(str(folder))
 
 
 # What it needs.
@@ -249,19 +249,18 @@ def test_a_layer_of_another_attempt_is_never_taken_for_the_one_that_was_built_on
         backend.build("grandchild", "child", new_attempt())
 
 
-@pytest.mark.parametrize("damage", ["base is gone", "record is torn"])
-def test_fsck_takes_a_result_out_of_the_way_whose_layers_are_gone(store: Store, damage: str) -> None:
+@pytest.mark.parametrize(("damaged", "found"), [("result/base", "child"), ("result/base/tree.json", "base")])
+def test_fsck_takes_a_result_out_of_the_way_whose_layers_are_gone(store: Store, damaged: str, found: str) -> None:
     store.build("base", writes(f="1")).release()
     store.build("child", writes(g="1"), base="base").release()
-    if damage == "base is gone":
-        shutil.rmtree(store.root / "result" / "base")
+    if (path := store.root / damaged).is_dir():
+        shutil.rmtree(path)
     else:
-        for id in ("base", "child"):
-            (store.root / "result" / id / "tree.json").write_text('{"layers": [["ba')
+        path.write_text('{"layers": [["ba')
 
     findings = store.fsck(repair=True).findings
 
-    assert ("tree", "child", True) in [(one.kind, one.what, one.repaired) for one in findings]
+    assert ("tree", found, True) in [(one.kind, one.what, one.repaired) for one in findings]
     assert list(store.ids()) == []
     store.build("base", writes(f="2")).release()
 
@@ -329,6 +328,38 @@ def test_what_a_build_mounts_in_its_tree_is_undone_and_nothing_outside_is_touche
     assert points(disk) == []
     assert files(disk / "precious") == {"file": "1"}
     assert left_in_progress(store.root) == []
+
+
+def test_a_tree_that_somebody_unmounts_while_it_is_built_is_not_published(disk: Path, store: Store) -> None:
+    def function(work: Workspace) -> None:
+        (work.path / "early").touch()
+        run("umount", work.path)
+        (work.path / "late").touch()
+
+    with pytest.raises(BuildFailed, match="somebody unmounted its tree"):
+        store.build("id", function)
+
+    assert os.listdir(store.root / "overlay" / "mounts") == []
+    with store.build("id", writes(f="1")) as result:
+        assert files(result.path) == {"f": "1"}
+
+
+def test_a_tree_in_which_a_mount_is_in_use_is_not_published_and_it_is_said_where(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "_TRIES", 2)
+    with ExitStack() as held:
+
+        def function(work: Workspace) -> None:
+            (work.path / "mnt").mkdir()
+            run("mount", "-t", "tmpfs", "tmpfs", work.path / "mnt")
+            held.enter_context((work.path / "mnt" / "file").open("wb"))
+
+        with pytest.raises(BuildFailed, match="/mnt keeps it in use"):
+            store.build("id", function)
+
+        assert points(store.root) == []
+        assert left_in_progress(store.root) == []
 
 
 def test_a_link_in_the_place_of_a_folder_does_not_lead_to_another_mount(disk: Path) -> None:
