@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -382,6 +384,28 @@ class TestResult:
         gc.collect()
 
         store.delete("a")
+
+    @pytest.mark.parametrize("when", ["showing", "ending the view of"])
+    def test_whose_tree_cannot_be_mounted_or_unmounted_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+    ) -> None:
+        @contextmanager
+        def view(_: str) -> Iterator[Path]:
+            if when == "showing":
+                raise OSError(errno.EIO, "broken")
+            yield tmp_path
+            raise OSError(errno.EIO, "broken")
+
+        with open_copy(tmp_path / "store") as store:
+            result = store.build("a", writes(f="1"))
+            monkeypatch.setattr(store._backend, "view", view)
+
+            with pytest.raises(StoreError, match=f"{when} 'a' failed.*broken"):
+                print(result.path)
+                result.release()
+
+            result.release()
+            store.delete("a")
 
     def test_of_a_closed_store_is_released(self, tmp_path: Path) -> None:
         store = open_copy(tmp_path / "store")

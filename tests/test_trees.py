@@ -29,6 +29,7 @@ assert sys.platform != "win32"
 
 from storebackends import _trees_walk  # noqa: E402
 from tests.capabilities import mounted, needs  # noqa: E402
+from tests.stores import descriptors  # noqa: E402
 
 NOBODY = 65534
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw, effective
@@ -509,6 +510,24 @@ def test_without_openat2_another_file_system_is_still_not_entered(
 
     trees.remove(tmp_path / "tree")
     assert os.listdir(tmp_path) == []
+
+
+@needs("proc")
+def test_a_folder_that_cannot_be_made_writable_costs_an_error_and_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tree" / "closed" / "inside").mkdir(parents=True)
+    (tmp_path / "tree" / "closed").chmod(0o500)
+
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fchmod", broken)
+    before = sorted(descriptors())
+    with pytest.raises(StoreError, match="Input/output error"):
+        trees.remove(tmp_path / "tree")
+
+    assert sorted(descriptors()) == before
 
 
 def test_removers_at_work_on_one_tree_do_not_disturb_each_other(tmp_path: Path) -> None:
