@@ -180,6 +180,8 @@ class BackendSpec:
     probe: Callable[[Path], Support]  # can this host keep such a store in that folder (which may not exist yet)?
     api: int = API
     summary: str = ""  # half a line for `storebackends plugins`
+    folder: Callable[[Any], Path] | None = None
+    """Where a store without a `path` is, by its options; may ask the system. None: a path has to be given."""
 
 
 class Backend(ABC):

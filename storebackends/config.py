@@ -47,20 +47,28 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """One ``[stores.NAME]``: everything that opening the store takes. *options* is an instance of spec.options."""
+    """One ``[stores.NAME]``: everything that opening the store takes. *options* is an instance of spec.options.
+
+    *path* is None where it is left to the backend; then folder() asks that.
+    """
 
     name: str
     backend: str
-    path: Path
+    path: Path | None
     durability: Durability
     verify: Verify
     prune: Policy | None
     options: BaseModel
     spec: BackendSpec
 
+    def folder(self) -> Path:
+        """The store's folder. Raises StoreError where it is the backend's to say and that cannot."""
+        return store_folder(self.spec, self.path, self.options)
+
     def show(self) -> dict[str, Any]:
         """The table, defaults filled in."""
-        common = {"backend": self.backend, "path": str(self.path), "durability": self.durability}
+        path = None if self.path is None else str(self.path)
+        common = {"backend": self.backend, "path": path, "durability": self.durability}
         rules = {} if self.prune is None else {"prune": asdict(self.prune)}
         return {**common, "verify": self.verify, **rules, **self.options.model_dump(mode="json", by_alias=True)}
 
@@ -120,6 +128,14 @@ def load(path: Path | None = None) -> Config:
     return _Check(None).config({})
 
 
+def store_folder(spec: BackendSpec, path: Path | None, options: BaseModel) -> Path:
+    """Return *path*, or what the backend says where none is given. Raises StoreError where it cannot say it."""
+    if path is None:
+        assert spec.folder is not None  # noqa: S101 (else a path was asked for)
+        return spec.folder(options)
+    return path
+
+
 def validate_options(spec: BackendSpec, options: Mapping[str, Any], where: str) -> BaseModel:
     """Return *options* as the model of the backend *spec*; ConfigError of the source *where* has every problem."""
     problems: list[str] = []
@@ -159,7 +175,7 @@ def _checked(check: Callable[..., object], *arguments: object) -> Callable[[Any]
 class _Store(_Table):
     """The keys that every ``[stores.NAME]`` may have; all others are options of its backend."""
 
-    path: Annotated[Path, AfterValidator(_absolute)]
+    path: Annotated[Path, AfterValidator(_absolute)] | None = None
     backend: str = "copy"
     durability: Durability = "group"
     verify: Verify = "none"
@@ -250,6 +266,8 @@ class _Check:
         options = _validate(spec.options, rest, self.problems, where)
         prune = own.get("prune")  # judged even when another key is wrong; one that is no table was reported just now
         rules = _validate(_Prune, prune, self.problems, (*where, "prune")) if isinstance(prune, dict) else None
+        if common and common.path is None and spec.folder is None:
+            self._problem((*where, "path"), "is missing")
         if common is None or options is None:
             return None
         policy = Policy(**rules.model_dump()) if rules else None
@@ -265,6 +283,8 @@ class _Check:
     def _check_paths(self, stores: Iterable[StoreConfig]) -> None:
         owners: dict[str, str] = {}
         for store in stores:
+            if store.path is None:
+                continue
             owner = owners.setdefault(os.path.normcase(os.path.realpath(store.path)), store.name)
             if owner != store.name:
                 reason = f"{str(store.path)!r} is the folder of stores.{owner} already; give each store its own"

@@ -42,10 +42,10 @@ def open_store(
     """Open a store, making it where there is none, and mend what a crash left in it. Never waits for a live build.
 
     With a *name*, the one of the host's configuration; with *backend* and *path*, the one spelled out, *options* being
-    the backend's own; with neither, the configuration's default. *durability* is "group", "full" or "none", chosen when
-    the store is made. *verify* "digest" keeps the digest of each tree that is published, for fsck(). With *recover*
-    False what a crash left stays until fsck() repairs it. *detach_barrier* is called at close() instead of the last
-    disk barrier, where one is due.
+    the backend's own (some backends know by them where the store is, and need no *path*); with neither, the
+    configuration's default. *durability* is "group", "full" or "none", chosen when the store is made. *verify* "digest"
+    keeps the digest of each tree that is published, for fsck(). With *recover* False what a crash left stays until
+    fsck() repairs it. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
 
     Raises ConfigError, PluginError, NotSupported with the fix, or StoreError where the folder cannot be used.
     """
@@ -60,16 +60,17 @@ def open_store(
 
         config = load_config()
         found = config.store(name)
-        spec, root, model = found.spec, found.path, found.options
+        spec, root, model = found.spec, found.folder(), found.options
         durability, verify, prune = durability or found.durability, verify or found.verify, found.prune
         listeners = _listeners(registry, config)
-    elif backend is None or path is None or name is not None:
+    elif backend is None or name is not None or (path is None and registry.spec(backend).folder is None):
         raise ConfigError("open_store()", ["give a store's name, or backend= and path= (and options), or nothing"])
     else:
-        from .config import validate_options
+        from .config import store_folder, validate_options
 
         spec = registry.spec(backend)
-        root, model = Path(path).expanduser().absolute(), validate_options(spec, options, "open_store()")
+        model = validate_options(spec, options, "open_store()")
+        root = store_folder(spec, Path(path).expanduser().absolute() if path else None, model)
     for key, value, known in (("durability", durability, DURABILITIES), ("verify", verify, VERIFIES)):
         if value not in (None, *known):
             raise ConfigError("open_store()", [f"{key}: {value!r} is none of {', '.join(known)}"])

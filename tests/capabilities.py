@@ -127,6 +127,20 @@ def small_tmpfs(parent: Path, size: int = 16 * MIB, nr_inodes: int = 0) -> Itera
 
 
 @contextmanager
+def zpool(parent: Path, size: int = 1024 * MIB) -> Iterator[str]:
+    """A ZFS pool in a sparse file below *parent*, mounted there at *parent*/NAME; yields its name."""
+    name = f"storebackends-{os.getpid()}-{os.path.basename(parent)}"
+    image = parent / "pool"
+    with image.open("wb") as file:
+        file.truncate(size)
+    run("zpool", "create", "-O", f"mountpoint={parent / name}", "-O", "acltype=posixacl", "-O", "xattr=sa", name, image)
+    try:
+        yield name
+    finally:
+        run("zpool", "destroy", "-f", name)
+
+
+@contextmanager
 def mounted(folder: Path, *arguments: str | Path) -> Iterator[Path]:
     """`mount ARGUMENTS FOLDER` for the length of the block; *folder* is made where it is missing."""
     folder.mkdir(exist_ok=True)
@@ -302,3 +316,15 @@ def _rsync() -> None:
 def _source() -> None:
     if not (PROJECT / "storebackends" / "__init__.py").exists():
         raise OSError("the project's source does not lie beside the tests")
+
+
+@probe("zfs", "make test-zfs runs these tests in a machine that has it", root=True)
+def _zfs() -> None:
+    run("zfs", "version")
+    with _scratch() as folder, zpool(folder):
+        pass
+
+
+@probe("sudo_zfs", "let nobody run zfs and chown by sudo without a password", root=True)
+def _sudo_zfs() -> None:
+    run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sudo", "-n", "zfs", "version")

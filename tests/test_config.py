@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from textwrap import dedent
@@ -64,6 +65,7 @@ def test_without_a_file_there_is_a_copy_store_in_the_users_cache_folder(tmp_path
 
     store = found.store()
     assert (found.source, store.name, store.backend, store.durability) == (None, "default", "copy", "group")
+    assert store.path
     assert store.path.is_relative_to(tmp_path / "user")
 
 
@@ -88,6 +90,28 @@ def test_a_store_has_all_that_opening_it_takes(write: Write, toy: None, tmp_path
     assert (store.backend, store.path, store.durability) == ("toy", tmp_path / "fast", "full")
     assert store.options.model_dump() == {"level": 3, "mode": "safe", "folder": Path("sub")}
     assert store.spec.name == "toy"
+
+
+def test_a_backend_that_knows_where_its_store_is_needs_no_path(write: Write, tmp_path: Path) -> None:
+    file = write("""
+        default = "own"
+
+        [stores.own]
+        backend = "zfs"
+        dataset = "tank/own"
+
+        [stores.elsewhere]
+        backend = "zfs"
+        dataset = "tank/own"
+        path = "/ABS/elsewhere"
+    """)
+    own, elsewhere = (load(file).stores[name] for name in ("own", "elsewhere"))
+    asking = replace(own, spec=replace(own.spec, folder=lambda options: tmp_path / options.dataset))
+
+    assert own.path is None
+    assert own.show()["path"] is None
+    assert asking.folder() == tmp_path / "tank/own"
+    assert elsewhere.folder() == tmp_path / "elsewhere"
 
 
 def test_a_tilde_is_the_users_home(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def test_without_a_configuration_there_is_a_default_store(tmp_path: Path, monkey
     [
         ({"backend": "copy"}, ConfigError, "backend= and path="),
         ({"path": "/x"}, ConfigError, "backend= and path="),
+        ({"backend": "zfs"}, ConfigError, "dataset: is missing"),
         ({"name": "a", "backend": "copy", "path": "/x"}, ConfigError, "or nothing"),
         ({"backend": "cpoy", "path": "/x"}, PluginError, "did you mean 'copy'"),
         ({"backend": "copy", "path": "/x", "relfink": "auto"}, ConfigError, "did you mean 'reflink'"),

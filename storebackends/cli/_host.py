@@ -107,7 +107,8 @@ def doctor(path: Path | None, as_json: bool) -> None:
         loaded = load()
     except ConfigError as error:
         problem = str(error)
-    folder = path or (loaded.store().path if loaded else Path.cwd())
+    # Where the backend has to say where its store is, what it says is asked for below.
+    folder = path or (loaded and loaded.store().path) or Path.cwd()
     backends = _backends(Registry(), folder.absolute())
     stores = {name: _try(store) for name, store in loaded.stores.items()} if loaded else {}
     bwrap = why_not()
@@ -147,9 +148,14 @@ def _try(store: StoreConfig) -> dict[str, object]:
     from storebackends.marker import NAME
     from storebackends.opening import open_store
 
-    facts: dict[str, object] = {"backend": store.backend, "path": str(store.path), "made": False, "problem": ""}
-    if not os.path.exists(store.path / NAME):
-        support = _probe(store.spec, store.path)
+    facts: dict[str, object] = {"backend": store.backend, "path": str(store.path or ""), "made": False, "problem": ""}
+    try:
+        folder = store.folder()
+    except StoreError as error:
+        return {**facts, "problem": str(error)}
+    facts["path"] = str(folder)
+    if not os.path.exists(folder / NAME):
+        support = _probe(store.spec, folder)
         return facts if support.usable else {**facts, "problem": f"{support.reason}; {support.fix}"}
     try:
         open_store(store.name).close()
