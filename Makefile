@@ -8,7 +8,7 @@ PACKAGES := acl attr btrfs-progs bubblewrap e2fsprogs gcc libc6-dev rsync util-l
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test wheel-test check docs soak bench packages clean
+.PHONY: help demo test test-zfs wheel-test check docs soak bench packages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -18,7 +18,11 @@ demo: $(READY) ## build this project's wheel in cached steps: cold, cached, and 
 
 test: $(READY) packages ## every test this machine can run; ends with what was skipped, and why
 	@.ci/wheel-test; wheel=$$?; \
-	echo "== the tests, as $$(id -un) =="; $(BIN)/pytest && exit $$wheel
+	.ci/zfs/test; zfs=$$?; \
+	echo "== the tests, as $$(id -un) =="; $(BIN)/pytest && exit $$((wheel + zfs))
+
+test-zfs: $(READY) packages ## the tests of the backend zfs on real OpenZFS: here, or in a machine made for them
+	.ci/zfs/test
 
 wheel-test: $(READY) packages ## the tests against the built wheel, away from the source; for root, as nobody
 	.ci/wheel-test
@@ -36,10 +40,12 @@ docs: $(READY) ## the examples of the documentation
 	$(BIN)/pytest -m docs
 
 soak: $(READY) packages ## the long tests
+	ZFS_TIMEOUT=3h .ci/zfs/test -m soak --timeout 7200
 	$(BIN)/pytest -m soak --timeout 3600
 
 bench: $(READY) packages ## measure, compare and hold to the ratios promised
 	$(BIN)/python -m tests.benchmarks
+	echo "cd suite && python3 -m tests.benchmarks --only zfs" | .ci/zfs/run
 
 packages:
 	@.ci/debian $(PACKAGES)

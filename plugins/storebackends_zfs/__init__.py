@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +11,7 @@ from pydantic import AfterValidator
 
 from storebackends.plugin import BackendSpec, CommandFailed, Options, Support, hookimpl
 
-from .commands import LONGEST_DATASET, Zfs, mount_point, run
+from .commands import LONGEST_DATASET, Zfs, is_root, may_mount, mount_point, run
 
 _OLDEST = (2, 0)  # has `zpool wait`
 _COMPONENT = r"[A-Za-z0-9_.: -]+"
@@ -53,12 +51,12 @@ def probe(path: Path) -> Support:
 
 
 def _mounting(version: str) -> Support:
-    if sys.platform == "win32" or os.geteuid() == 0:
+    if is_root():
         return Support(True, f"{version}, as root")
     try:
         run(["sudo", "-n", "-l", "zfs", "list"], timeout=30)
     except CommandFailed:
-        if sys.platform != "linux":
+        if may_mount():
             return Support(True, f"{version}, with what 'zfs allow' gives this user and where users may mount")
         fix = "run as root, or allow this user 'sudo -n zfs' and set sudo = true; 'zfs allow' is not enough on Linux"
         return Support(False, f"{version}, but on Linux only root mounts it", fix)

@@ -6,6 +6,7 @@ What they say is the only interface that all platforms share, and `tool` has the
 from __future__ import annotations
 
 import os
+import platform
 import re
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -24,6 +25,7 @@ _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 # The programs lie where users' PATHs often do not lead.
 _SBIN = ("/usr/sbin", "/sbin", "/usr/local/zfs/bin", "/usr/local/sbin")
 _FULL = re.compile(r"out of space|quota exceeded|no space left", re.IGNORECASE)
+_MISSING = re.compile(r"does not exist|no such pool", re.IGNORECASE)
 _BUSY = re.compile(r"is busy|resource busy", re.IGNORECASE)
 
 
@@ -33,9 +35,19 @@ def run(argv: Sequence[str], *, timeout: float = 600, ok: Container[int] = (0,))
     return tool(argv, timeout=timeout, ok=ok, env={"PATH": path})
 
 
+def may_mount() -> bool:
+    """May this user mount? Linux lets root alone, whatever `zfs allow` says; elsewhere ZFS itself tells."""
+    return platform.system() != "Linux" or is_root()
+
+
+def is_root() -> bool:
+    """Is this root, or a platform that has none?"""
+    return not hasattr(os, "geteuid") or os.geteuid() == 0
+
+
 def is_missing(error: CommandFailed) -> bool:
     """Did it fail since there is no such dataset, snapshot or pool?"""
-    return "does not exist" in error.stderr or "no such pool" in error.stderr
+    return bool(_MISSING.search(error.stderr))
 
 
 def has_clones(error: CommandFailed) -> bool:
@@ -71,7 +83,7 @@ class Zfs:
         columns = ",".join(["name", *properties])
         listed = run(["zfs", "list", "-H", "-p", *options, "-o", columns, *names], ok=(0, 1))
         complaints = listed.stderr.decode(errors="replace").strip()
-        if listed.returncode and any("does not exist" not in line for line in complaints.splitlines()):
+        if listed.returncode and not all(map(_MISSING.search, complaints.splitlines())):
             raise CommandFailed(["zfs", "list"], listed.returncode, "failed", complaints)
         split = (line.split("\t") for line in listed.stdout.decode(errors="replace").splitlines())
         return {name: values for name, *values in split}

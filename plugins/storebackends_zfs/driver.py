@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -38,11 +37,12 @@ from storebackends.plugin import (
 )
 
 from . import ZfsOptions, probe
-from .commands import Zfs, has_clones, is_missing, mount, mounts_below, run, use
+from .commands import Zfs, has_clones, is_missing, may_mount, mount, mounts_below, run, use
 
 log = logging.getLogger(__name__)
 
 SEALED = "sealed"
+_MOST_HEIRS = 1000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _FOUND = ("mountpoint", "mounted", "readonly")
 
@@ -98,7 +98,7 @@ class ZfsBackend(EntryBackend):
         self.capabilities = trees.capabilities(self._trees) | {Capability.READONLY}
 
     def _check_rights(self) -> None:
-        if self.options.sudo or sys.platform != "linux" or os.geteuid() == 0:
+        if self.options.sudo or may_mount():
             return
         support = probe(self.root)
         fix = "set sudo = true" if support.usable else support.fix
@@ -122,7 +122,8 @@ class ZfsBackend(EntryBackend):
             Tree(name).save(entry.tree_record)
             self._zfs("create", "-o", "readonly=off", f"{self._home}/{name}")
             if self._zfs.sudo:
-                self._zfs.run("chown", f"{os.geteuid()}:{os.getegid()}", str(self._trees / name))
+                us = os.stat(self._trees)
+                self._zfs.run("chown", f"{us.st_uid}:{us.st_gid}", str(self._trees / name))
         else:
             base = self._load(source)
             Tree(name, base.nested).save(entry.tree_record)
@@ -195,14 +196,13 @@ class ZfsBackend(EntryBackend):
         building = "~" in entry.folder.name
         tree = Tree(_attempt(entry)) if building else self._load(entry)
         folder = self._trees / tree.name
-        if os.path.ismount(folder):
-            return folder
-        if building:
+        if building and not os.path.ismount(folder):
             raise StoreError(f"the tree of {entry.id!r} was unmounted while it was being built; see 'zfs mount'")
         try:
-            mount(self._zfs, f"{self._home}/{tree.name}", folder)
-            for child, where in sorted(tree.nested.items()):
-                mount(self._zfs, f"{self._home}/{tree.name}/{child}", folder / where)
+            for child, where in [("", ""), *sorted(tree.nested.items())]:
+                point = folder / where
+                if not os.path.ismount(point):
+                    mount(self._zfs, f"{self._home}/{tree.name}/{child}".rstrip("/"), point)
         except CommandFailed as error:
             if is_missing(error):
                 raise self._gone(entry, tree.name) from error
@@ -223,39 +223,36 @@ class ZfsBackend(EntryBackend):
     def _destroy(self, name: str) -> None:
         """Destroy a dataset of ours and what is below it, never what was cloned from it. Idempotent."""
         dataset, folder = f"{self._home}/{name}", self._trees / name
-        destroy = partial(self._zfs.patiently, lambda: self._zfs("destroy", "-r", dataset), dataset, folder)
-        try:
+        for _ in range(_MOST_HEIRS):
             try:
-                destroy()
+                self._zfs.patiently(lambda: self._zfs("destroy", "-r", dataset), dataset, folder)
+                break
             except CommandFailed as error:
-                if not has_clones(error):
+                if is_missing(error) and self._is_there():
+                    break
+                if is_missing(error):
+                    raise StoreError(f"{dataset!r} cannot be destroyed: its pool is not here; import it") from error
+                if not has_clones(error) or not self._hand_on(dataset, name):
                     raise
-                self._hand_on(dataset, name)
-                destroy()
-        except CommandFailed as error:
-            if not is_missing(error):
-                raise
-            if not self._is_there():
-                raise StoreError(f"{dataset!r} cannot be destroyed: its pool is not here; import it") from error
         with suppress(OSError):  # ZFS removes it itself, mostly
             os.rmdir(folder)
 
-    def _hand_on(self, dataset: str, name: str) -> None:
-        """Give every snapshot of *dataset* that has clones to one of these, to go with the last of them."""
+    def _hand_on(self, dataset: str, name: str) -> bool:
+        """Give a snapshot of *dataset* that has clones to one of these, to go with the last; False where there is none.
+
+        What is older than the snapshot goes with it.
+        """
         rows = self._zfs.rows(self._home, properties=("origin",), options=("-r", "-t", "filesystem,volume"))
-        heirs: dict[str, dict[str, str]] = {}
-        for clone, (origin,) in sorted(rows.items()):
+        for heir, (origin,) in sorted(rows.items()):
             owner, _, snapshot = origin.partition("@")
-            if owner == dataset or owner.startswith(f"{dataset}/"):
-                heirs.setdefault(owner, {})[snapshot] = clone
-        for owner, snapshots in heirs.items():
-            # To the clone of the newest goes all that is older, too; so this ends after as many rounds as there are.
-            for snapshot, clone in snapshots.items():
-                new = f"dropped-{name}" if snapshot == SEALED else snapshot  # the heir has a @sealed itself, or will
-                if new != snapshot:
-                    self._zfs("rename", f"{owner}@{snapshot}", f"{owner}@{new}")
-                    self._zfs("destroy", "-d", f"{owner}@{new}")  # not now: with its last clone
-                self._zfs("promote", clone)
+            if not f"{owner}/".startswith(f"{dataset}/") or heir.startswith(f"{dataset}/"):
+                continue
+            if snapshot == SEALED:  # the heir has one of that name too, or will
+                self._zfs("rename", origin, f"{owner}@dropped-{name}")
+                self._zfs("destroy", "-d", f"{owner}@dropped-{name}")  # not now: with its last clone
+            self._zfs("promote", heir)
+            return True
+        return False
 
     def sweep(self) -> None:
         """Empty the trash, and destroy what no entry names. What resists is logged and tried at the next open.
@@ -263,10 +260,15 @@ class ZfsBackend(EntryBackend):
         By names, never by paths: a dataset that is not mounted, or mounted elsewhere, is nobody's leftover.
         """
         super().sweep()
-        for name in self._unnamed():
+        try:
+            unnamed = self._unnamed()
+        except StoreError as error:  # where one entry cannot be read, nobody knows what it names
+            log.warning("datasets of %s that no entry names stay: %s", self._home, error)
+            unnamed = []
+        for name in unnamed:
             try:
                 self._destroy(name)
-            except (OSError, StoreError) as error:
+            except StoreError as error:
                 log.warning("%s/%s, which no entry names, stays: %s", self._home, name, error)
         for name in os.listdir(self._trees):
             if name.startswith("tmp"):  # where open() tried out what can be kept

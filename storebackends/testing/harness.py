@@ -56,6 +56,8 @@ class Harness:
     """The backend's entry point."""
     options: ClassVar[Mapping[str, Any]] = {}
     """Its options, as in the configuration."""
+    examples: ClassVar[int] = 15
+    """How many random histories case 15 plays; a backend whose builds take long may ask for fewer."""
 
     @pytest.fixture
     def area(self, tmp_path: Path) -> Path:

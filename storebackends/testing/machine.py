@@ -20,7 +20,6 @@ from .harness import Files, Harness, fill, filled, result
 _IDS = ["a", "b", "c", "d"]
 # Not shrunk: with a slow backend that takes longer than any test may, and these examples are short.
 _SETTINGS = settings(
-    max_examples=15,
     stateful_step_count=15,
     phases=[Phase.generate],
     deadline=None,
@@ -45,7 +44,7 @@ def run_machine(harness: Harness, area: Path) -> None:
         def __init__(self) -> None:
             super().__init__(harness, area / f"machine-{next(numbers)}")
 
-    run_state_machine_as_test(Machine, settings=_SETTINGS)
+    run_state_machine_as_test(Machine, settings=settings(_SETTINGS, max_examples=harness.examples))
 
 
 class _StoreMachine(RuleBasedStateMachine):

@@ -110,7 +110,7 @@ def dataset_of(store: Store, id: str | None = None) -> str:
 
 
 def parent_of(store: Store) -> str:
-    return str(store._backend.options.dataset)  # type: ignore[attr-defined]
+    return str(store._backend.options.dataset)
 
 
 def left(store: Store) -> set[str]:
@@ -193,7 +193,7 @@ class TestPlace:
                     store.build("other", writes(a="1"))
             with pytest.raises(NotSupported, match="import"):
                 storebackends.open_store(**options)
-            grave = next((tmp_path / "store" / "trash").iterdir())
+            (grave,) = (tmp_path / "store" / "trash").glob("id~*")
             os.rename(grave, tmp_path / "store" / "result" / "id")  # as if nobody had tried to delete it
 
             capabilities.run("zpool", "import", "-o", "readonly=on", "-d", tmp_path, own)

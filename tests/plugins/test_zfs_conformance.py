@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from storebackends.testing import BackendConformance
 from tests.capabilities import needs
 from tests.plugins.zfs import datasets, named, zfs
 from tests.plugins.zfs import pool as pool
+from tests.test_stress import Kind, stress
 
 pytestmark = pytest.mark.slow
 
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.slow
 @needs("zfs")
 class TestZfs(BackendConformance):
     name = "zfs"
+    examples = 3  # each takes minutes in software emulation
 
     @pytest.fixture
     def area(self, pool: str, tmp_path: Path) -> Path:
@@ -30,3 +33,13 @@ class TestZfs(BackendConformance):
 
     def leftovers(self, root: Path) -> list[str]:
         return super().leftovers(root) + sorted(datasets(self.pool, root) - named(root))
+
+
+@needs("zfs", "proc", "fork")
+def test_whatever_many_processes_and_threads_do_at_once_all_is_whole_and_nothing_is_left(
+    pool: str, tmp_path: Path, rng: random.Random
+) -> None:
+    few = ("--processes", "3", "--threads", "2", "--calls", "4")
+    stress(Kind("zfs", {"dataset": pool}), tmp_path, rng, *few)
+
+    assert datasets(pool, tmp_path / "store") == set()
