@@ -14,8 +14,7 @@ from storebackends.plugin import BackendSpec, CommandFailed, Options, Support, h
 from .commands import LONGEST_DATASET, Zfs, is_root, may_mount, mount_point, run
 
 _OLDEST = (2, 0)  # has `zpool wait`
-_COMPONENT = r"[A-Za-z0-9_.: -]+"
-_DATASET = re.compile(rf"[A-Za-z]{_COMPONENT}(/{_COMPONENT})*|[A-Za-z]", re.ASCII)
+_DATASET = re.compile(r"[A-Za-z][A-Za-z0-9_.: -]*(/[A-Za-z0-9_.: -]+)*", re.ASCII)
 
 
 def _dataset(name: str) -> str:

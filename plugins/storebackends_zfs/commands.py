@@ -60,16 +60,19 @@ class Zfs:
 
     def __init__(self, sudo: bool) -> None:
         self.sudo = sudo
-        self._prefix = ("sudo", "-n") if sudo else ()
 
     def __call__(self, *arguments: str) -> None:
         """Change something: `zfs ARGUMENTS`, by sudo if need be. Raises CommandFailed, NoSpace or NotSupported."""
         self.run("zfs", *arguments)
 
+    def prefixed(self, *argv: str) -> list[str]:
+        """A command that takes root's rights."""
+        return ["sudo", "-n", *argv] if self.sudo else [*argv]
+
     def run(self, *argv: str) -> None:
         """Start a command that takes root's rights."""
         try:
-            run([*self._prefix, *argv])
+            run(self.prefixed(*argv))
         except CommandFailed as error:
             if self.sudo and error.stderr.startswith("sudo:"):
                 fix = f"allow this user to run {argv[0]} as root without a password, in sudoers"

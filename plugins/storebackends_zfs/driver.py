@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -333,12 +334,15 @@ class ZfsBackend(EntryBackend):
 
     def settle(self, timeout: float) -> bool:
         """Wait for the pool to have freed all that was destroyed; the kernel tells when."""
-        try:
-            run(["zpool", "wait", "-t", "free", self.options.dataset.partition("/")[0]], timeout=timeout)
-        except CommandFailed as error:
-            if error.returncode is None or error.returncode >= 0:
-                raise
-            return False
+        pool, deadline = self.options.dataset.partition("/")[0], time.monotonic() + timeout
+        # What is freed in one transaction group can be used again after two more.
+        for command in (["zpool", "wait", "-t", "free", pool], *[self._zfs.prefixed("zpool", "sync", pool)] * 3):
+            try:
+                run(command, timeout=max(0.0, deadline - time.monotonic()))
+            except CommandFailed as error:
+                if error.returncode is None or error.returncode >= 0:
+                    raise
+                return False
         return True
 
     def _load(self, entry: Entry) -> Tree:

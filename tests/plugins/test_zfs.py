@@ -66,7 +66,7 @@ def test_the_probe_tells_what_there_is(
         program = tmp_path / "zfs"
         program.write_text(f"#!/bin/sh\nprintf '{said}'\n")
         program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("storebackends_zfs.commands._SBIN", ())
 
     support = storebackends_zfs.probe(tmp_path)
@@ -233,9 +233,9 @@ class TestMounts:
 
         with pytest.raises(NotFound, match="somebody destroyed"):
             kept(store, "id").path  # noqa: B018
+        assert [finding.kind for finding in store.fsck().findings] == ["tree"]
         with pytest.raises(StoreError, match="somebody destroyed"):
             store.build("child", writes(), base="id")
-        assert [finding.kind for finding in store.fsck().findings] == ["tree"]
         store.delete("id")
 
     def test_what_a_build_made_below_its_dataset_is_read_only_with_it(self, store: Store) -> None:
