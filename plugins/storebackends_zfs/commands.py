@@ -143,19 +143,14 @@ def mount(zfs: Zfs, dataset: str, point: Path) -> None:
         raise StoreError(f"{dataset!r} was mounted, but not at {point}; look at 'zfs mount' and 'zfs get mountpoint'")
 
 
-def mounts_below(dataset: str) -> dict[str, str] | None:
-    """Where each dataset below *dataset* is mounted; None where only a command could tell (anywhere but on Linux)."""
+def mounts_below(dataset: str) -> list[str] | None:
+    """The datasets below *dataset* that are mounted; None where only a command could tell (anywhere but on Linux)."""
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-            lines = [line for line in file if " - zfs " in line]
+            sources = [line.partition(" - zfs ")[2].split(" ")[0] for line in file]
     except OSError:
         return None
-    found = {}
-    for line in lines:
-        before, _, after = line.partition(" - zfs ")
-        if (source := _plain(after.split(" ")[0])).startswith(f"{dataset}/"):
-            found[source] = _plain(before.split(" ")[4])
-    return found
+    return [source for source in sources if source.startswith(f"{_escaped(dataset)}/")]
 
 
 def holders(folder: Path, dataset: str) -> Iterator[str]:
@@ -165,12 +160,12 @@ def holders(folder: Path, dataset: str) -> Iterator[str]:
         links = [f"/proc/{pid}/{name}" for name in ("cwd", "root", "exe")]
         links += [f"/proc/{pid}/fd/{name}" for name in _names(f"/proc/{pid}/fd")]
         inside = any(os.path.join(target, "").startswith(f"{folder}/") for target in map(_target, links))
-        if inside or ((mounts := _mounts(pid)) != own and f" - zfs {dataset} " in mounts):
+        if inside or ((mounts := _mounts(pid)) != own and f" - zfs {_escaped(dataset)} " in mounts):
             yield f"process {pid} ({_command(pid)})"
 
 
-def _plain(field: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), field)  # a blank is written as \040
+def _escaped(dataset: str) -> str:
+    return dataset.replace(" ", r"\040")  # as the table of mounts has it
 
 
 def _names(folder: str) -> list[str]:

@@ -95,7 +95,7 @@ class ZfsBackend(EntryBackend):
             self._make_home(point)
             rows = self._zfs.rows(*names, properties=_FOUND)
         self._trees = Path(rows[self._home][0])
-        _make_private(self._trees)
+        self._make_private(self._trees)
         self.capabilities = trees.capabilities(self._trees) | {Capability.READONLY}
 
     def _check_rights(self) -> None:
@@ -107,12 +107,20 @@ class ZfsBackend(EntryBackend):
 
     def _make_home(self, point: Path) -> None:
         # Before ZFS makes it for the first tree: nobody else may get at what a build makes, such as a setuid program.
-        _make_private(point / self._home.rpartition("/")[2])
+        self._make_private(point / self._home.rpartition("/")[2])
         try:
             self._zfs("create", "-o", "canmount=off", "-o", "readonly=on", self._home)
         except CommandFailed as error:
             if "already exists" not in error.stderr:  # another process was first
                 raise
+
+    def _make_private(self, folder: Path) -> None:
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        found = os.lstat(folder)
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.stat(self.root).st_uid:
+            raise StoreError(f"{folder} is no folder of this user's, and the trees are mounted there; move it away")
+        os.chmod(folder, 0o700)
 
     # The verbs.
 
@@ -159,17 +167,21 @@ class ZfsBackend(EntryBackend):
             self._zfs("snapshot", "-r", snapshot)
 
     def _nested(self, entry: Entry, dataset: str, folder: Path) -> dict[str, str]:
-        """What the build made below its dataset, and where in its tree that is mounted."""
-        found = mounts_below(dataset)
-        known = {f"{dataset}/{child}" for child in self._load(entry).nested}
-        if found is None or known - found.keys():  # of the base's, one is gone or not mounted: that only ZFS knows
-            rows = self._zfs.rows(dataset, properties=("mountpoint",), options=("-r", "-t", "filesystem"))
-            found = {name: point for name, (point,) in rows.items() if name != dataset}
+        """What the build made below its dataset, and where in its tree that is mounted.
+
+        Where there is nothing, the table of mounts says so without a command.
+        """
+        if mounts_below(dataset) == [] and not self._load(entry).nested:
+            return {}
+        rows = self._zfs.rows(dataset, properties=("mountpoint",), options=("-r", "-t", "filesystem"))
         nested = {}
-        for name, point in found.items():
+        for name, (point,) in rows.items():
+            if name == dataset:
+                continue
             where = os.path.relpath(point, folder)
-            if where.startswith("..") or os.path.isabs(where):
-                raise StoreError(f"the build made {name!r} and has it at {point}, outside of its tree; mount it inside")
+            # Later it is mounted by that path, as root: no link that the build left may lead that out of the tree.
+            if trees.resolve_inside(folder, where) == folder or not os.path.ismount(point):
+                raise StoreError(f"{name!r}, which the build made, is not mounted at {point}; mount it in the tree")
             nested[name.removeprefix(f"{dataset}/")] = where
         return nested
 
@@ -200,10 +212,11 @@ class ZfsBackend(EntryBackend):
         if building and not os.path.ismount(folder):
             raise StoreError(f"the tree of {entry.id!r} was unmounted while it was being built; see 'zfs mount'")
         try:
-            for child, where in [("", ""), *sorted(tree.nested.items())]:
-                point = folder / where
-                if not os.path.ismount(point):
-                    mount(self._zfs, f"{self._home}/{tree.name}/{child}".rstrip("/"), point)
+            if not os.path.ismount(folder):
+                mount(self._zfs, f"{self._home}/{tree.name}", folder)
+            for child, where in sorted(tree.nested.items()):
+                if not os.path.ismount(folder / where):
+                    mount(self._zfs, f"{self._home}/{tree.name}/{child}", trees.resolve_inside(folder, where))
         except CommandFailed as error:
             if is_missing(error):
                 raise self._gone(entry, tree.name) from error
@@ -360,15 +373,6 @@ def _attempt(entry: Entry) -> str:
     if not _NAME.fullmatch(attempt):
         raise StoreError(f"{attempt!r} cannot be an attempt at a tree of ZFS: letters, digits and . _ - only")
     return attempt
-
-
-def _make_private(folder: Path) -> None:
-    """Make the folder, or see that it is one; for its owner alone."""
-    with suppress(FileExistsError):
-        os.mkdir(folder, 0o700)
-    if not stat.S_ISDIR(os.lstat(folder).st_mode):
-        raise StoreError(f"{folder} is in the way of the trees' mount points; move it")
-    os.chmod(folder, 0o700)
 
 
 def _number(value: str) -> int:
