@@ -66,8 +66,12 @@ class Durability:
         """Called with the entry finished and before it is published. Raises StoreError where the disk fails."""
         if self._mode == "none" or (self._mode == "group" and self._descriptors):
             return
-        if not sealed_durably:
-            self.barrier() if self._descriptors else _flush(entry.folder, tree)
+        if sealed_durably:
+            _flush(entry.folder, None)  # what lies beside the tree: the log and the records
+        elif self._descriptors:
+            self.barrier()
+        else:
+            _flush(entry.folder, tree)
         _touch(entry.synced)
         _fsync(entry.synced)
         _fsync_folder(entry.folder)

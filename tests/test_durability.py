@@ -46,6 +46,20 @@ def test_group_marks_what_earlier_processes_left(tmp_path: Path) -> None:
     assert is_marked(store.root, "b")
 
 
+def test_full_brings_the_log_and_the_record_to_the_disk_where_only_the_tree_is_sealed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+    monkeypatch.setattr("storebackends_copy.driver.CopyBackend.seals_durably", True)
+    monkeypatch.setattr(durability, "_flush_file", lambda path: flushed.append(path.name))
+
+    with open_store(backend="copy", path=tmp_path / "store", durability="full") as store:
+        store.build("a", lambda work: work.log.write(b"line")).release()
+
+        assert {"log", "build.json"} <= set(flushed)
+        assert is_marked(store.root, "a")
+
+
 @needs("syncfs")
 def test_group_never_marks_another_attempt_than_its_barrier_covered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
