@@ -51,7 +51,7 @@ def test_full_brings_the_log_and_the_record_to_the_disk_where_only_the_tree_is_s
 ) -> None:
     flushed = []
     monkeypatch.setattr("storebackends_copy.driver.CopyBackend.seals_durably", True)
-    monkeypatch.setattr(durability, "_flush_file", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(durability, "_fsync", lambda path: flushed.append(path.name))
 
     with open_store(backend="copy", path=tmp_path / "store", durability="full") as store:
         store.build("a", lambda work: work.log.write(b"line")).release()
