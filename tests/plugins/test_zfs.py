@@ -261,6 +261,28 @@ class TestMounts:
         store.delete("base", recursive=True)
         assert datasets(parent_of(store), store.root) == set()
 
+    def test_a_link_that_a_build_put_in_the_way_of_a_nested_dataset_is_never_followed(
+        self, store: Store, tmp_path: Path
+    ) -> None:
+        def nest(work: Workspace) -> None:
+            (dataset,) = zfs("list", "-H", "-o", "name", work.path)
+            (work.path / "folder").mkdir()
+            zfs("create", "-o", f"mountpoint={work.path}/folder/nested", f"{dataset}/nested")
+
+        def lead_away(work: Workspace) -> None:
+            os.rename(work.path / "folder", work.path / "moved")
+            (work.path / "folder").symlink_to(tmp_path)
+
+        (tmp_path / "nested").mkdir()
+        store.build("base", nest).release()
+
+        with pytest.raises(StoreError, match="folder"):
+            store.build("child", lead_away, base="base")
+
+        assert store.result("child") is None
+        assert left(store) == set()
+        assert not os.path.ismount(tmp_path / "nested")
+
 
 @needs("zfs")
 class TestBusy:
