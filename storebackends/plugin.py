@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from . import events, trees
+from . import events, mounts, trees
 from .backend import (
     API,
     OLDEST_API,
@@ -79,6 +79,7 @@ __all__ = [
     "events",
     "hookimpl",
     "hookspec",
+    "mounts",
     "tool",
     "trees",
 ]

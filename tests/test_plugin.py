@@ -26,7 +26,7 @@ NAMES = """
     API OLDEST_API Backend BackendSpec CacheEntry Capability Command Entry EntryBackend Problem Size Support Usage
     BaseNotFound BuildFailed BuilderDied Busy Cancelled CommandFailed ConfigError InvalidId NoSpace NotFound
     NotSupported PluginError RecipeError StoreError
-    Finished Locks Options check_id events hookimpl hookspec tool trees
+    Finished Locks Options check_id events hookimpl hookspec mounts tool trees
 """
 
 
