@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := .venv/.ready
 # What the tests start. Without one of them its tests are skipped, and the end of the run says so.
-PACKAGES := acl attr btrfs-progs bubblewrap e2fsprogs gcc libc6-dev rsync util-linux xfsprogs
+PACKAGES := acl attr btrfs-progs bubblewrap containerd e2fsprogs gcc libc6-dev rsync util-linux xfsprogs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -279,6 +279,19 @@ def _overlay() -> None:
             pass
 
 
+@probe("containerd", "apt-get install containerd, and allow mounts and loop devices", root=True)
+def _containerd() -> None:
+    # Started where a test needs it: one that is there and does not start is a failure, and no ability that is missing.
+    run("containerd", "--version")
+    run("ctr", "--version")
+    _mount_loop()
+
+
+def _mount_loop() -> None:
+    with _scratch() as folder, small_tmpfs(folder, size=64 * MIB) as memory, loop_fs("ext4", memory, 32 * MIB):
+        pass
+
+
 @probe("userns", "allow user namespaces: sysctl user.max_user_namespaces")
 def _userns() -> None:
     run("unshare", "--user", "--map-root-user", "true")

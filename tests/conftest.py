@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests import capabilities, leftovers
+from tests.containerd import Daemon, running
 
 # One seed for all that is random here, Hypothesis included; the header shows it.
 SEED = int(os.environ.get("STOREBACKENDS_SEED") or random.SystemRandom().getrandbits(32))
@@ -109,3 +110,19 @@ def small_tmpfs(tmp_path: Path) -> Callable[..., AbstractContextManager[Path]]:
     """`with small_tmpfs(size=16 << 20, nr_inodes=100) as folder:`, below tmp_path; skips where mounts are refused."""
     capabilities.require("tmpfs")
     return partial(capabilities.small_tmpfs, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A containerd for all tests of the run; a ctr that is not told another address finds it."""
+    capabilities.require("containerd")
+    with running(tmp_path_factory.mktemp("containerd")) as daemon, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CONTAINERD_ADDRESS", daemon.address)
+        yield daemon
+
+
+@pytest.fixture(autouse=True)
+def _daemons(request: pytest.FixtureRequest) -> None:
+    """What needs a containerd finds it running."""
+    if "containerd" in _needs(request.node):
+        request.getfixturevalue("containerd")

@@ -274,6 +274,8 @@ class HcsBackend(EntryBackend):
             return point
         point.mkdir(mode=0o700, exist_ok=True)
         for mount in made:
+            if mount.kind == "overlay":
+                _dress(mount)
             mounts.mount(mount.kind, mount.source, point, _options(mount, writable))
         if tree.parent is None and writable:
             os.chmod(point, 0o755)  # noqa: S103 (a system's root folder is like that)
@@ -379,6 +381,20 @@ def _options(mount: Mount, writable: bool) -> list[str]:
         options += [option for option in _BUILDING if "userxattr" not in options or option != _BUILDING[0]]
         options += ["volatile"] if writable else []
     return options if writable else [*options, "ro"]
+
+
+def _dress(mount: Mount) -> None:
+    """Give the root of a stacked tree what that of the layer below has: containerd makes a new folder for it."""
+    if sys.platform == "linux":
+        (upper, *_), (lowers, *_) = mount.values("upperdir"), mount.values("lowerdir")
+        below = lowers.split(":")[0]
+        status = os.stat(below)
+        os.chown(upper, status.st_uid, status.st_gid)
+        for name in os.listxattr(below):
+            if ".overlay." not in name:  # those are the overlay's own
+                os.setxattr(upper, name, os.getxattr(below, name))
+        os.chmod(upper, status.st_mode & 0o7777)
+        os.utime(upper, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def _shows(other: mounts.MountPoint, own: mounts.MountPoint) -> bool:
