@@ -90,7 +90,7 @@ def environment(home: str, tmp: str) -> dict[str, str]:
 def tool(
     argv: Sequence[str],
     *,
-    input: bytes | None = None,
+    input: bytes | IO[bytes] | None = None,
     timeout: float = 600,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
@@ -98,6 +98,7 @@ def tool(
 ) -> Finished:
     """Run a helper program to its end, without a terminal, in English, with *env* added to this process's environment.
 
+    Its stdin is *input*: bytes, what an open file holds from where it is, or nothing.
     Raises CommandFailed where it is not installed (returncode None), ends with a status that is not *ok*, or takes
     more than *timeout* seconds; then it and all in its group are killed.
     """
@@ -185,10 +186,12 @@ def ending(returncode: int) -> str:
     return f"was ended by signal {-returncode}" if returncode < 0 else f"ended with status {returncode}"
 
 
-def _stdin(input: bytes | None) -> IO[bytes]:
-    """A nameless file that has *input*, or the empty one."""
+def _stdin(input: bytes | IO[bytes] | None) -> IO[bytes]:
+    """*input* as a file, which is closed in the end; bytes go into a nameless one."""
     if input is None:
         return open(os.devnull, "rb")
+    if not isinstance(input, bytes):
+        return input
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     file.write(input)
     file.seek(0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import IO, Literal
 
 from storebackends.plugin import CommandFailed, NoSpace, NotSupported, StoreError, tool
 
@@ -66,9 +66,12 @@ class Ctr:
     def __init__(self, options: HcsOptions) -> None:
         self._options = options
 
-    def prepare(self, key: str, parent: str | None = None) -> list[Mount]:
-        """Make the writable snapshot *key* of the committed one *parent*, or an empty one. Raises Missing."""
-        return parse_mounts(self._snapshots("prepare", "--mounts", key, *([parent] if parent else [])))
+    def prepare(self, key: str, parent: str | None, record: IO[bytes] | None) -> list[Mount]:
+        """Make the writable snapshot *key* of the committed one *parent*, or an empty one. Raises Missing.
+
+        ctr has *record* open until it ends, also where this process is killed first; it is closed here.
+        """
+        return parse_mounts(self._snapshots("prepare", "--mounts", key, *([parent] if parent else []), input=record))
 
     def commit(self, name: str, key: str) -> None:
         """Turn the writable snapshot *key* into the read-only one *name*. Raises Missing."""
@@ -95,15 +98,15 @@ class Ctr:
         lines = [line.split() for line in self._snapshots("ls").decode().splitlines()[1:]]
         return [Snapshot(words[0], words[1] if len(words) == 3 else None, words[-1] == "Committed") for words in lines]
 
-    def call(self, *words: str) -> bytes:
+    def call(self, *words: str, input: IO[bytes] | None = None) -> bytes:
         """What a ctr says. Raises StoreError: Missing, NoSpace, or one that tells how to mend it."""
         try:
-            return tool(self._options.ctr(*words), timeout=_TIMEOUT).stdout
+            return tool(self._options.ctr(*words), timeout=_TIMEOUT, input=input).stdout
         except CommandFailed as error:
             raise self._explained(error) from error
 
-    def _snapshots(self, *words: str) -> bytes:
-        return self.call("snapshots", "--snapshotter", self._options.snapshotter, *words)
+    def _snapshots(self, *words: str, input: IO[bytes] | None = None) -> bytes:
+        return self.call("snapshots", "--snapshotter", self._options.snapshotter, *words, input=input)
 
     def _explained(self, error: CommandFailed) -> StoreError:
         said = error.stderr.strip()
@@ -136,19 +139,3 @@ def parse_mounts(text: bytes) -> list[Mount]:
     if not mounts:
         raise StoreError("ctr tells no mounts of the snapshot; does the snapshotter work? See containerd's log")
     return mounts
-
-
-def windows_spec(mount: Mount, argv: Sequence[str], env: Mapping[str, str], cwd: str, user: str) -> dict[str, object]:
-    """The OCI runtime configuration of a process in a Windows snapshot: what ``ctr run --config`` reads."""
-    return {
-        "ociVersion": "1.1.0",
-        "process": {
-            "args": list(argv),
-            "cwd": cwd,
-            "env": [f"{key}={value}" for key, value in env.items()],
-            "user": {"username": user},
-        },
-        "root": {"path": ""},
-        "mounts": [],
-        "windows": {"layerFolders": [*mount.parents, mount.source], "ignoreFlushesDuringBoot": True},
-    }

@@ -18,9 +18,8 @@ import json
 import logging
 import os
 import secrets
-import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -29,6 +28,7 @@ from pathlib import Path
 from storebackends.plugin import (
     Busy,
     Capability,
+    Command,
     Entry,
     EntryBackend,
     NotFound,
@@ -38,27 +38,24 @@ from storebackends.plugin import (
     StoreError,
     Usage,
     check_id,
-    mounts,
     trees,
 )
 
-from . import WINDOWS, HcsOptions
+from . import HcsOptions
 from .ctr import Ctr, Missing, Mount
+from .host import Host
 from .records import Keys, Tree
 
-if sys.platform != "win32":
-    from .views import Views
+# The only platform test of the driver.
+if sys.platform == "linux":
+    from ._linux import LinuxHost as NativeHost
+else:
+    from ._windows import WindowsHost as NativeHost
 
 log = logging.getLogger(__name__)
 
 LAYERS = 100
 """An overlay takes 500, and each costs at every look at the tree: a build that is deeper gets a copy of its base."""
-PATIENCE = 60.0
-"""Seconds for which a ctr that outlived its caller is waited for."""
-_LINKED = frozenset(["btrfs", "native"])
-"""The snapshotters whose clones keep files of several names one file. In an overlay the first write parts them."""
-_BUILDING = ("redirect_dir=on", "metacopy=off", "xino=off")
-"""What an overlay is given beside what containerd asks for. Without the first no folder of the base can be renamed."""
 
 
 class HcsBackend(EntryBackend):
@@ -66,38 +63,35 @@ class HcsBackend(EntryBackend):
 
     options: HcsOptions
     rooms = frozenset(["containerd"])
+    host: type[Host] = NativeHost
 
     def open(self) -> None:
         """Raises NotSupported where this user cannot mount, or containerd's trees cannot be used."""
         super().open()
-        self._keys, self._ctr = Keys(self.uuid), Ctr(self.options)
         self._room = self.root / "containerd"
-        self._points, self._tombs, views = (self._room / name for name in ("mounts", "tombs", "views"))
-        for folder in (self._room, self._points, self._tombs, views):
+        self._tombs = self._room / "tombs"
+        for folder in (self._room, self._tombs):
             folder.mkdir(mode=0o700, exist_ok=True)
-        self._disk = self.root
-        self._prepared: dict[str, Mount] = {}  # on Windows, of the builds under way
-        if sys.platform != "win32":
-            if os.geteuid() != 0:
-                raise NotSupported("a store on containerd", "only root can mount its snapshots", "run as root")
-            self._views = Views(views, self._show, self._reclaim)
+        self._keys, self._ctr = Keys(self.uuid), Ctr(self.options)
+        self._host = self.host(self._room, self.options, self._prepare, self._reclaim)
+        self._host.open()
         self._learn()
 
     # The verbs.
 
     def clone(self, source: Entry | None, entry: Entry) -> None:
-        """One ``ctr snapshots prepare``, and a mount."""
+        """One ``ctr snapshots prepare``, and on Linux a mount."""
         tree = Tree(check_id(entry.attempt), self._committed(source))
         tree.save(entry.tree_record)
         try:
-            made = self._prepare(tree)
+            made = self._prepare(tree, entry.tree_record)
         except Missing as error:
             raise self._gone(source, error) from error
         if source and made[0].layers > LAYERS:
-            self._reclaim(tree)
+            self._reclaim(tree, entry.tree_record)
             self._copy(source, entry)
         else:
-            self._mount(tree, made)
+            self._host.attach(tree, made)
 
     def clone_cache(self, source: Entry | None, entry: Entry) -> None:
         """A copy, made of nothing. A generation made of the one before would keep that, and so all that it dropped."""
@@ -113,16 +107,15 @@ class HcsBackend(EntryBackend):
             raise StoreError(f"{entry.tree_record} names no snapshot, so there is nothing to publish; build it again")
         if tree.sealed:  # an earlier try, which failed after it
             return
-        self._unmount(tree.nonce)
+        self._host.detach(tree.nonce)
         self._ctr.commit(self._keys.committed(tree.nonce), self._keys.active(tree.nonce))
-        self._prepared.pop(tree.nonce, None)
         replace(tree, sealed=True).save(entry.tree_record)
 
     def remove(self, folder: Path) -> None:
         """The snapshot, then the folder. What is still in use stays in the trash until a later open."""
         if tree := Tree.load(folder / "tree.json"):
             try:
-                self._reclaim(tree)
+                self._reclaim(tree, folder / "tree.json")
             except Busy as error:
                 log.warning("%s stays in the trash: %s", folder, error)
                 return
@@ -136,15 +129,19 @@ class HcsBackend(EntryBackend):
 
     def tree(self, entry: Entry) -> Path:
         """Where it is mounted."""
-        if WINDOWS:
-            raise NotSupported("a folder of the tree", "Windows mounts layers in containers only", "use run()")
-        return self._point(check_id(entry.attempt))
+        return self._host.path(check_id(entry.attempt))
+
+    def command(
+        self, entry: Entry, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, user: str | int | None = None
+    ) -> Command:
+        """See Backend.command: on Linux a process of this host, on Windows one in a container."""
+        found = self._host.command(entry.folder, entry.attempt, argv, env, cwd, user)
+        return found or super().command(entry, argv, env, cwd, user)
 
     def sweep(self) -> None:
         """Reclaim trash, views of dead processes, tombs, and what no entry names. One ctr where all is well."""
         super().sweep()
-        if sys.platform != "win32":
-            self._views.sweep()
+        self._host.sweep()
         orphans = list(self._orphans())
         for nonce in os.listdir(self._tombs):
             self._open_tomb(nonce)
@@ -196,11 +193,8 @@ class HcsBackend(EntryBackend):
             f"delete {source.id!r} with all that is built on it, and build it again ({error})",
         )
 
-    def _prepare(self, tree: Tree) -> list[Mount]:
-        made = self._ctr.prepare(self._keys.active(tree.nonce), tree.parent)
-        if WINDOWS:
-            self._prepared[tree.nonce] = made[0]
-        return made
+    def _prepare(self, tree: Tree, record: Path) -> list[Mount]:
+        return self._ctr.prepare(self._keys.active(tree.nonce), tree.parent, self._host.calling(record))
 
     def _copy(self, source: Entry, entry: Entry) -> None:
         """Make the tree of *entry* by copying that of *source*."""
@@ -214,19 +208,19 @@ class HcsBackend(EntryBackend):
         except Missing as error:
             raise self._gone(entry, error) from error
 
-    def _reclaim(self, tree: Tree) -> None:
+    def _reclaim(self, tree: Tree, record: Path | None = None) -> None:
         """Unmount a tree and remove its snapshot, or note that it is to go with those made of it. Idempotent.
 
-        Raises Busy where it is in use: nothing in use is removed.
+        *record* is where it is named. Raises Busy where it is in use: nothing in use is removed.
         """
-        self._unmount(tree.nonce)
-        self._prepared.pop(tree.nonce, None)
+        self._host.detach(tree.nonce)
+        if record:
+            self._host.await_calls(record)
         keys = [self._keys.active(tree.nonce), self._keys.committed(tree.nonce)]
         if tree.sealed:
             keys.reverse()
-        # A killed process leaves its ctr running, and what that makes comes after it was looked for.
-        if not self._remove_one(keys) and not (_await_end(keys) and self._remove_one(keys)):
-            self._exorcise(keys[0], tree.parent)
+        if not self._remove_one(keys) and record and tree.parent:
+            self._exorcise(keys[0], tree.parent, record)
         if tree.parent and (nonce := self._keys.nonce(tree.parent)):
             self._open_tomb(nonce)
 
@@ -243,12 +237,11 @@ class HcsBackend(EntryBackend):
                 return True
         return False
 
-    def _exorcise(self, key: str, parent: str | None) -> None:
+    def _exorcise(self, key: str, parent: str, record: Path) -> None:
         """Clear what containerd may keep of a child that its collector took: it would never let the parent go."""
-        if parent:
-            with suppress(Missing):  # the parent has gone
-                self._ctr.prepare(key, parent)
-                self._ctr.remove(key)
+        with suppress(Missing):  # the parent has gone
+            self._ctr.prepare(key, parent, self._host.calling(record))
+            self._ctr.remove(key)
 
     def _parent(self, key: str) -> str | None:
         return next((snapshot.parent for snapshot in self._ctr.snapshots() if snapshot.key == key), None)
@@ -263,46 +256,12 @@ class HcsBackend(EntryBackend):
                 return
             nonce = above
 
-    # Mounts.
-
-    def _point(self, nonce: str) -> Path:
-        return self._points / nonce
-
-    def _mount(self, tree: Tree, made: Sequence[Mount], *, writable: bool = True) -> Path:
-        point = self._point(tree.nonce)
-        if WINDOWS:
-            return point
-        point.mkdir(mode=0o700, exist_ok=True)
-        for mount in made:
-            if mount.kind == "overlay":
-                _dress(mount)
-            mounts.mount(mount.kind, mount.source, point, _options(mount, writable))
-        if tree.parent is None and writable:
-            os.chmod(point, 0o755)  # noqa: S103 (a system's root folder is like that)
-        return point
-
-    def _show(self, tree: Tree, writable: bool) -> Path:
-        return self._mount(tree, self._prepare(tree), writable=writable)
-
-    def _unmount(self, nonce: str) -> None:
-        """Raises Busy where the tree is in use, or was mounted elsewhere too; then it stays mounted."""
-        point = self._point(nonce)
-        if own := mounts.below(point)[:1]:
-            elsewhere = [m.path for m in mounts.mounted() if _shows(m, own[0]) and not _inside(m.path, own[0].path)]
-            if elsewhere:
-                raise Busy(nonce, f"its tree is mounted elsewhere, too; unmount {elsewhere}", elsewhere)
-            mounts.unmount(point)
-        with suppress(FileNotFoundError):
-            point.rmdir()
-
     @contextmanager
     def _view(self, entry: Entry) -> Iterator[Path]:
-        if sys.platform == "win32":
-            raise NotSupported("reading a tree", "Windows mounts layers in containers only", "use run()")
         parent = self._committed(entry)
         assert parent is not None  # noqa: S101 (an entry was given)
         try:
-            with self._views.shared(parent) as path:
+            with self._host.view(parent) as path:
                 yield path
         except Missing as error:
             raise self._gone(entry, error) from error
@@ -314,7 +273,7 @@ class HcsBackend(EntryBackend):
 
         They are listed first: a record comes before what it names, and goes after it.
         """
-        found = {nonce: Tree(nonce) for nonce in os.listdir(self._points)}
+        found = {nonce: Tree(nonce) for nonce in self._host.attached()}
         for snapshot in self._ctr.snapshots():
             if nonce := self._keys.nonce(snapshot.key):
                 found[nonce] = Tree(nonce, snapshot.parent, snapshot.committed)
@@ -328,7 +287,7 @@ class HcsBackend(EntryBackend):
                 if tree := Tree.load(room / name / "tree.json"):
                     yield tree.nonce
         yield from _listed(self._tombs)
-        yield from _listed(self._room / "views")
+        yield from self._host.viewed()
 
     # What is found out when the store is made, and kept.
 
@@ -343,67 +302,13 @@ class HcsBackend(EntryBackend):
             was = ", ".join(f"{key} {known[key]!r}" for key in other)
             raise NotSupported(f"opening {self.root} so", f"its trees are in {was}", "set that, or make a new store")
         if known is None or not _listed(Path(known["disk"])):  # a disk that is not mounted shows an empty folder
-            known = chosen | self._try_out()
+            disk, capabilities = self._host.try_out()
+            known = chosen | {"disk": str(disk), "capabilities": sorted(capabilities)}
             part = self._room / f".{secrets.token_hex(8)}"
             part.write_text(json.dumps(known))
             os.replace(part, path)
         self.capabilities = frozenset(map(Capability, known["capabilities"]))
         self._disk = Path(known["disk"])
-
-    def _try_out(self) -> dict[str, object]:
-        if sys.platform == "win32":
-            return {"disk": str(self.root), "capabilities": []}
-        with self._views.own(None, writable=True) as folder:
-            found = trees.capabilities(folder) | {Capability.READONLY}
-            disk = self._disk_of(folder)
-        if self.options.snapshotter not in _LINKED:
-            found -= {Capability.HARDLINKS}
-        return {"disk": disk, "capabilities": sorted(found)}
-
-    def _disk_of(self, folder: Path) -> str:
-        """A folder that stays, on the file system of what is mounted on *folder*: to be measured and synced."""
-        own, *_ = mounts.below(folder)
-        on_top = {point.path: point for point in mounts.mounted()}.values()
-        shown = [point for point in on_top if point.device == own.device and not _inside(point.path, str(self._points))]
-        for point in sorted(shown, key=lambda point: len(point.root)):  # the whole of it before a part
-            if os.path.isdir(point.path):
-                return point.path
-        reason = "each of its trees is a file system of its own, which no barrier of the store reaches"
-        raise NotSupported(f"the snapshotter {self.options.snapshotter!r}", reason, "use overlayfs, btrfs or native")
-
-
-def _options(mount: Mount, writable: bool) -> list[str]:
-    """What to mount a snapshot with."""
-    options = [option for option in mount.options if writable or option != "rw"]
-    if mount.kind == "overlay":
-        # Attributes of users cannot tell where a folder was. And "volatile": unmounting would otherwise bring to the
-        # disk all that anybody wrote to it; the store's own barrier does that where it is asked for.
-        options += [option for option in _BUILDING if "userxattr" not in options or option != _BUILDING[0]]
-        options += ["volatile"] if writable else []
-    return options if writable else [*options, "ro"]
-
-
-def _dress(mount: Mount) -> None:
-    """Give the root of a stacked tree what that of the layer below has: containerd makes a new folder for it."""
-    if sys.platform == "linux":
-        (upper, *_), (lowers, *_) = mount.values("upperdir"), mount.values("lowerdir")
-        below = lowers.split(":")[0]
-        status = os.stat(below)
-        os.chown(upper, status.st_uid, status.st_gid)
-        for name in os.listxattr(below):
-            if ".overlay." not in name:  # those are the overlay's own
-                os.setxattr(upper, name, os.getxattr(below, name))
-        os.chmod(upper, status.st_mode & 0o7777)
-        os.utime(upper, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _shows(other: mounts.MountPoint, own: mounts.MountPoint) -> bool:
-    """Is a part of what *own* shows seen at *other*?"""
-    return other.device == own.device and _inside(other.root, own.root)
-
-
-def _inside(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(f"{folder.rstrip('/')}/")
 
 
 def _listed(folder: Path) -> list[str]:
@@ -414,33 +319,3 @@ def _listed(folder: Path) -> list[str]:
 
 def _subfolders(folder: Path) -> Iterator[Path]:
     return (folder / name for name in _listed(folder))
-
-
-def _await_end(keys: Sequence[str]) -> bool:
-    """Wait for the end of every ctr that names one of *keys*; was there any?"""
-    words = [key.encode() for key in keys]
-    found = False
-    for pid in _listed(Path("/proc")):
-        if pid.isdecimal() and set(_argv(pid)) & set(words):
-            found = True
-            _await_process(int(pid))
-    return found
-
-
-def _argv(pid: str) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:  # it ended
-        return []
-
-
-def _await_process(pid: int) -> None:
-    if sys.platform == "linux":
-        with suppress(ProcessLookupError):
-            fd = os.pidfd_open(pid)
-            try:
-                poll = select.poll()
-                poll.register(fd, select.POLLIN)
-                poll.poll(PATIENCE * 1000)
-            finally:
-                os.close(fd)

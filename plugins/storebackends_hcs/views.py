@@ -1,18 +1,17 @@
 """Snapshots that no entry names: what a result is read through, for as long as a process does.
 
-    ROOT/views/NONCE    its record, locked by the process that uses it
-    ROOT/mounts/NONCE   where it is mounted
+    ROOT/containerd/views/NONCE    its record, claimed by the process that uses it
+    ROOT/containerd/mounts/NONCE   where it is mounted
 
-The kernel ends the lock with the process, so a record that nobody has locked is of one that died.
+A record that nobody claims is of a process that died.
 """
 
 from __future__ import annotations
 
 import sys
 
-assert sys.platform != "win32"  # noqa: S101 (tells the type checker to skip the rest there)
+assert sys.platform == "linux"  # noqa: S101 (tells the type checker to skip the rest elsewhere)
 
-import fcntl  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 import secrets  # noqa: E402
@@ -23,27 +22,18 @@ from pathlib import Path  # noqa: E402
 
 from storebackends.plugin import StoreError  # noqa: E402
 
+from .claims import Life  # noqa: E402
 from .records import Tree  # noqa: E402
 
 log = logging.getLogger(__name__)
-
-_locked: set[int] = set()
-"""The descriptors of all records that this process has locked."""
-
-
-def _forget() -> None:
-    # A forked child that kept them would keep the views of its parent when that is dead.
-    while _locked:
-        os.close(_locked.pop())
-
-
-os.register_at_fork(after_in_child=_forget)
 
 
 class Views:
     """Those of one open store. In a forked child what the parent shows stays as it is, and nothing new can be shown."""
 
-    def __init__(self, folder: Path, show: Callable[[Tree, bool], Path], reclaim: Callable[[Tree], None]) -> None:
+    def __init__(
+        self, folder: Path, show: Callable[[Tree, Path, bool], Path], reclaim: Callable[[Tree, Path], None]
+    ) -> None:
         """*show* makes and mounts a snapshot, writable or not; *reclaim* unmounts and removes it, idempotently."""
         self._folder, self._show, self._reclaim, self._pid = folder, show, reclaim, os.getpid()
         self._mutex = threading.RLock()  # re-entrant, since a result is also released by the garbage collector
@@ -70,27 +60,25 @@ class Views:
         """A snapshot made of *parent*, or an empty one, mounted for the length of the block."""
         self._check()
         tree = Tree(secrets.token_hex(8), parent)
-        fd = self._claim(tree)
+        life = self._begin(tree)
         try:
-            yield self._show(tree, writable)
+            yield self._show(tree, self._folder / tree.nonce, writable)
         finally:
             if self._pid == os.getpid():
-                self._end(tree, fd, tree.nonce)
+                with life:
+                    self._end(tree, self._folder / tree.nonce)
 
     def sweep(self) -> None:
-        """Reclaim what dead processes left. Never waits."""
+        """Reclaim what dead processes left. Never waits for a live one."""
         for name in os.listdir(self._folder):
+            record = self._folder / name
             try:
-                fd = os.open(self._folder / name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                fd = os.open(record, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError:  # ended meanwhile, or nothing of ours
                 continue
-            _locked.add(fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _close(fd)
-            else:
-                self._end(Tree.load(self._folder / name), fd, name)
+            with Life(fd) as life:
+                if life.claim():
+                    self._end(Tree.load(record), record)
 
     def _check(self) -> None:
         if self._pid != os.getpid():
@@ -106,36 +94,31 @@ class Views:
             with view.lock:
                 view.held.close()
 
-    def _claim(self, tree: Tree) -> int:
-        """Have the record of *tree* there, locked from the first moment that it has its name."""
+    def _begin(self, tree: Tree) -> Life:
+        """Have the record of *tree* there, claimed before it has its name."""
         hidden = self._folder / f".{tree.nonce}"
         while True:
-            fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            _locked.add(fd)
+            life = Life(os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                os.truncate(fd, 0)
-                os.write(fd, tree.dump())
-                os.rename(hidden, self._folder / tree.nonce)
-            except FileNotFoundError:  # another process swept it away before it was locked
-                _close(fd)
+                if life.claim():
+                    life.write(tree.dump())
+                    os.rename(hidden, self._folder / tree.nonce)
+                    return life
+            except FileNotFoundError:  # somebody who sweeps was between the two
+                pass
             except BaseException:
-                _close(fd)
+                life.close()
                 raise
-            else:
-                return fd
+            life.close()
 
-    def _end(self, tree: Tree | None, fd: int, name: str) -> None:
+    def _end(self, tree: Tree | None, record: Path) -> None:
         try:
             if tree:
-                self._reclaim(tree)
+                self._reclaim(tree, record)
             with suppress(FileNotFoundError):
-                os.unlink(self._folder / name)
+                record.unlink()
         except (OSError, StoreError) as error:
-            log.warning("%s is removed at the next open: %s", self._folder / name, error)
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)  # closing is not enough: a child on its way to exec may have a copy
-            _close(fd)
+            log.warning("%s is removed at the next open: %s", record, error)
 
 
 class _Shared:
@@ -144,8 +127,3 @@ class _Shared:
     def __init__(self) -> None:
         self.users, self.lock, self.held = 0, threading.RLock(), ExitStack()
         self.path: Path | None = None
-
-
-def _close(fd: int) -> None:
-    _locked.discard(fd)
-    os.close(fd)
