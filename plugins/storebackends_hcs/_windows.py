@@ -1,9 +1,10 @@
-"""Snapshots as the layers of Windows containers, which is where their programs run: no folder of the host shows a tree."""
+"""Snapshots as the layers of Windows containers, where their programs run: no folder of the host shows a tree."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .records import Tree
 
 _ROOT = "C:\\"
 _USER = "ContainerAdministrator"
+_OF_THE_HOST = frozenset(["HOME", "TMPDIR"])  # folders that a container does not see
 
 
 class WindowsHost(Host):
@@ -31,42 +33,37 @@ class WindowsHost(Host):
         """Remember the layers."""
         self._layers[tree.nonce] = made[0]
 
+    def end(self, nonce: str) -> None:
+        """Remove its container: a snapshot in use cannot be removed."""
+        for words in (("tasks", "delete", "--force"), ("containers", "delete")):
+            with suppress(CommandFailed):  # it ended, and with --rm its container went
+                tool(self._options.ctr(*words, _container(nonce)), timeout=60)
+
     def detach(self, nonce: str) -> None:
-        """Forget them, and end what a killed build runs in them."""
+        """Forget them."""
         self._layers.pop(nonce, None)
 
-    def command(
-        self,
-        folder: Path,
-        nonce: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        cwd: str | None,
-        user: str | int | None,
-    ) -> Command:
+    def command(self, folder: Path, nonce: str, wanted: Command, cwd: str | None) -> Command:
         """``ctr run`` with the layers in a configuration of its own, which lies in the entry."""
-        where = _inside_root(cwd or ".")
         config = folder / "container.json"
-        config.write_text(json.dumps(windows_spec(self._layers[nonce], argv, env, where, str(user or _USER))))
-        name = f"storebackends-{nonce}"
-        words = self._options.ctr("run", "--rm", "--config", str(config), name)
-        return Command(words, {}, None, stop=partial(self._stop, name))
-
-    def _stop(self, name: str) -> None:
-        for words in (("tasks", "delete", "--force", name), ("containers", "delete", name)):
-            with suppress(CommandFailed):  # it ended, and with --rm its container went
-                tool(self._options.ctr(*words), timeout=60)
+        config.write_text(json.dumps(windows_spec(self._layers[nonce], wanted, _inside_root(cwd or "."))))
+        words = self._options.ctr("run", "--rm", "--config", str(config), _container(nonce))
+        return Command(words, os.environ, None, stop=partial(self.end, nonce))
 
 
-def windows_spec(mount: Mount, argv: Sequence[str], env: Mapping[str, str], cwd: str, user: str) -> dict[str, object]:
+def _container(nonce: str) -> str:
+    return f"storebackends-{nonce}"
+
+
+def windows_spec(mount: Mount, wanted: Command, cwd: str) -> dict[str, object]:
     """The OCI configuration of a process in a snapshot: what ``ctr run --config`` reads."""
     return {
         "ociVersion": "1.1.0",
         "process": {
-            "args": list(argv),
+            "args": list(wanted.argv),
             "cwd": cwd,
-            "env": [f"{key}={value}" for key, value in env.items()],
-            "user": {"username": user},
+            "env": [f"{key}={value}" for key, value in wanted.env.items() if key not in _OF_THE_HOST],
+            "user": {"username": str(wanted.user or _USER)},
         },
         "root": {"path": ""},
         "windows": {"layerFolders": [*mount.parents, mount.source], "ignoreFlushesDuringBoot": True},
@@ -77,4 +74,4 @@ def _inside_root(relative: str) -> str:
     parts = relative.replace("\\", "/").split("/")
     if not relative or not parts[0] or ".." in parts or ":" in relative:
         raise StoreError(f"{relative!r} is no path inside a tree; give a relative one without '..'")
-    return _ROOT + "\\".join(part for part in parts if part != ".")
+    return _ROOT + "\\".join(part for part in parts if part not in ("", "."))

@@ -135,7 +135,7 @@ class HcsBackend(EntryBackend):
         self, entry: Entry, argv: Sequence[str], env: Mapping[str, str], cwd: str | None, user: str | int | None = None
     ) -> Command:
         """See Backend.command: on Linux a process of this host, on Windows one in a container."""
-        found = self._host.command(entry.folder, entry.attempt, argv, env, cwd, user)
+        found = self._host.command(entry.folder, entry.attempt, Command(argv, env, None, user), cwd)
         return found or super().command(entry, argv, env, cwd, user)
 
     def sweep(self) -> None:
@@ -213,6 +213,8 @@ class HcsBackend(EntryBackend):
 
         *record* is where it is named. Raises Busy where it is in use: nothing in use is removed.
         """
+        if not tree.sealed:
+            self._host.end(tree.nonce)
         self._host.detach(tree.nonce)
         if record:
             self._host.await_calls(record)
@@ -228,10 +230,8 @@ class HcsBackend(EntryBackend):
         """Remove the one of *keys* that is there; False where none is. If others are made of it, it gets a tomb."""
         for key in keys:
             answer = self._ctr.remove(key)
-            if answer == "needed":
-                nonce = self._keys.nonce(key)
-                assert nonce is not None  # noqa: S101 (it is one of ours)
-                Tree(nonce, self._parent(key), sealed=True).save(self._tombs / nonce)
+            if answer == "needed" and (nonce := self._keys.nonce(key)):
+                (self._tombs / nonce).touch()
                 self._open_tomb(nonce)  # the last child may have gone just before, and seen no tomb
             if answer != "missing":
                 return True
@@ -243,16 +243,16 @@ class HcsBackend(EntryBackend):
             self._ctr.prepare(key, parent, self._host.calling(record))
             self._ctr.remove(key)
 
-    def _parent(self, key: str) -> str | None:
-        return next((snapshot.parent for snapshot in self._ctr.snapshots() if snapshot.key == key), None)
-
     def _open_tomb(self, nonce: str) -> None:
         """Remove a snapshot that was kept for those made of it, if that can be now; and what was kept for it."""
-        while tree := Tree.load(self._tombs / nonce):
-            if self._ctr.remove(self._keys.committed(tree.nonce)) == "needed":
+        while os.path.exists(self._tombs / nonce):
+            key = self._keys.committed(nonce)
+            parents = [snapshot.parent for snapshot in self._ctr.snapshots() if snapshot.key == key]
+            if self._ctr.remove(key) == "needed":
                 return
             (self._tombs / nonce).unlink(missing_ok=True)
-            if (above := self._keys.nonce(tree.parent or "")) is None:
+            above = self._keys.nonce(parents[0]) if parents and parents[0] else None
+            if above is None:
                 return
             nonce = above
 
@@ -282,9 +282,9 @@ class HcsBackend(EntryBackend):
 
     def _named(self) -> Iterator[str]:
         """The nonces of all there is. In the order in which an entry moves, so that none is missed on its way."""
-        for room in (self.in_progress, self.loans, self.results, *_subfolders(self.caches), self.root / "quarantine"):
-            for name in _listed(room):
-                if tree := Tree.load(room / name / "tree.json"):
+        for pattern in ("in-progress/*", "loans/*", "result/*", "caches/*/*", "quarantine/*"):
+            for record in self.root.glob(f"{pattern}/tree.json"):
+                if tree := Tree.load(record):
                     yield tree.nonce
         yield from _listed(self._tombs)
         yield from self._host.viewed()
@@ -304,9 +304,10 @@ class HcsBackend(EntryBackend):
         if known is None or not _listed(Path(known["disk"])):  # a disk that is not mounted shows an empty folder
             disk, capabilities = self._host.try_out()
             known = chosen | {"disk": str(disk), "capabilities": sorted(capabilities)}
-            part = self._room / f".{secrets.token_hex(8)}"
+            part = self.trash / secrets.token_hex(8)
             part.write_text(json.dumps(known))
-            os.replace(part, path)
+            with suppress(FileNotFoundError):  # swept away by another process, which has learnt the same
+                os.replace(part, path)
         self.capabilities = frozenset(map(Capability, known["capabilities"]))
         self._disk = Path(known["disk"])
 
@@ -315,7 +316,3 @@ def _listed(folder: Path) -> list[str]:
     with suppress(FileNotFoundError, NotADirectoryError):
         return os.listdir(folder)
     return []
-
-
-def _subfolders(folder: Path) -> Iterator[Path]:
-    return (folder / name for name in _listed(folder))

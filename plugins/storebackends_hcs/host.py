@@ -5,7 +5,7 @@ The class here does neither: it is what both have in common, and the contract.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO
@@ -38,6 +38,9 @@ class Host:
     def attach(self, tree: Tree, made: Sequence[Mount], writable: bool = True) -> None:
         """Make a snapshot ready to be written or read."""
 
+    def end(self, nonce: str) -> None:
+        """End what a killed build still runs in it, where that does not end by itself."""
+
     def detach(self, nonce: str) -> None:
         """Undo it. Idempotent. Raises Busy where the tree is in use; then it stays attached."""
 
@@ -67,14 +70,6 @@ class Host:
     def await_calls(self, record: Path) -> None:
         """Wait for the end of every ctr that makes what *record* is of, also of those whose callers are dead."""
 
-    def command(
-        self,
-        folder: Path,
-        nonce: str,
-        argv: Sequence[str],
-        env: Mapping[str, str],
-        cwd: str | None,
-        user: str | int | None,
-    ) -> Command | None:
-        """How to run a program in an attached tree, where that is no plain process in its folder."""
+    def command(self, folder: Path, nonce: str, wanted: Command, cwd: str | None) -> Command | None:
+        """How to run *wanted* in the attached tree of the entry in *folder*, if not as a plain process of this host."""
         return None
