@@ -21,8 +21,10 @@ from .host import Host, Prepare, Reclaim  # noqa: E402
 from .records import Tree  # noqa: E402
 from .views import Views  # noqa: E402
 
-_LINKED = frozenset(["btrfs", "native"])
-"""The snapshotters whose clones keep files of several names one file. In an overlay the first write parts them."""
+_LOST = {"btrfs": frozenset[Capability](), "native": frozenset([Capability.NS_MTIME, Capability.SPARSE])}
+"""What a clone loses of what its file system could hold: native's are copied by containerd, as well as it can."""
+_LOST_BY_OVERLAYS = frozenset([Capability.HARDLINKS])
+"""The first write to a file of several names parts it from the others."""
 _ADDED = ("redirect_dir=on", "metacopy=off", "xino=off")
 """What an overlay is given beside what containerd asks for. Without the first no folder of the base can be renamed."""
 
@@ -47,7 +49,7 @@ class LinuxHost(Host):
         with self._views.own(None, writable=True) as folder:
             found = trees.capabilities(folder) | {Capability.READONLY}
             disk = self._disk_of(folder)
-        return disk, found if self._options.snapshotter in _LINKED else found - {Capability.HARDLINKS}
+        return disk, found - _LOST.get(self._options.snapshotter, _LOST_BY_OVERLAYS)
 
     def attach(self, tree: Tree, made: Sequence[Mount], writable: bool = True) -> None:
         """Mount it."""
