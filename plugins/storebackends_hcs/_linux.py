@@ -93,7 +93,7 @@ class LinuxHost(Host):
         """See Views."""
         self._views.sweep()
 
-    def calling(self, record: Path) -> IO[bytes]:
+    def calling(self, record: Path) -> AbstractContextManager[IO[bytes]]:
         """See claims.py."""
         return Call(record)
 

@@ -69,7 +69,7 @@ class Ctr:
     def prepare(self, key: str, parent: str | None, record: IO[bytes] | None) -> list[Mount]:
         """Make the writable snapshot *key* of the committed one *parent*, or an empty one. Raises Missing.
 
-        ctr has *record* open until it ends, also where this process is killed first; it is closed here.
+        ctr has *record* open until it ends, also where this process is killed first.
         """
         return parse_mounts(self._snapshots("prepare", "--mounts", key, *([parent] if parent else []), input=record))
 
@@ -97,6 +97,28 @@ class Ctr:
         """All of the namespace, whoever made them."""
         lines = [line.split() for line in self._snapshots("ls").decode().splitlines()[1:]]
         return [Snapshot(words[0], words[1] if len(words) == 3 else None, words[-1] == "Committed") for words in lines]
+
+    def import_archive(self, path: str, name: str, record: IO[bytes] | None) -> str:
+        """Take in and unpack the images of an archive, called *name* with a tag or a digest; what ctr says of it."""
+        words = ("--snapshotter", self._options.snapshotter, "--digests", "--base-name", name)
+        return self.call("images", "import", *words, path, input=record).decode(errors="replace")
+
+    def unpack(self, digest: str, record: IO[bytes] | None) -> None:
+        """Make the snapshots of an image that is there."""
+        self._snapshots("unpack", digest, input=record)
+
+    def images(self) -> list[tuple[str, str]]:
+        """(name, digest) of all of the namespace, whoever made them."""
+        lines = [line.split() for line in self.call("images", "ls").decode().splitlines()[1:]]
+        return [(words[0], words[2]) for words in lines]
+
+    def remove_images(self, names: Sequence[str]) -> None:
+        """Remove images, and what nothing else refers to, before it returns."""
+        self.call("images", "rm", "--sync", *names)
+
+    def content(self, digest: str) -> bytes:
+        """A manifest or a configuration. Raises Missing."""
+        return self.call("content", "get", digest)
 
     def call(self, *words: str, input: IO[bytes] | None = None) -> bytes:
         """What a ctr says. Raises StoreError: Missing, NoSpace, or one that tells how to mend it."""

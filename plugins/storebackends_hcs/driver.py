@@ -41,7 +41,7 @@ from storebackends.plugin import (
     trees,
 )
 
-from . import HcsOptions
+from . import HcsOptions, images
 from .ctr import Ctr, Missing, Mount
 from .host import Host
 from .records import Keys, Tree
@@ -56,6 +56,9 @@ log = logging.getLogger(__name__)
 
 LAYERS = 100
 """An overlay takes 500, and each costs at every look at the tree: a build that is deeper gets a copy of its base."""
+
+_IMAGE = "image"
+"""In an entry: an image is being taken in for its tree."""
 
 
 class HcsBackend(EntryBackend):
@@ -116,6 +119,8 @@ class HcsBackend(EntryBackend):
         if tree := Tree.load(folder / "tree.json"):
             try:
                 self._reclaim(tree, folder / "tree.json")
+                if (folder / _IMAGE).exists():
+                    images.drop(self._ctr, self._keys.active(tree.nonce))
             except Busy as error:
                 log.warning("%s stays in the trash: %s", folder, error)
                 return
@@ -137,6 +142,26 @@ class HcsBackend(EntryBackend):
         """See Backend.command: on Linux a process of this host, on Windows one in a container."""
         found = self._host.command(entry.folder, entry.attempt, Command(argv, env, None, user), cwd)
         return found or super().command(entry, argv, env, cwd, user)
+
+    def import_image(self, entry: Entry, image: str) -> None:
+        """Make the tree of *entry*, a build without a base, that of an image: an archive, or one that containerd has.
+
+        The archive is an OCI layout or what `docker save` writes, with one image for this platform. Nothing of it
+        stays but the snapshots that the tree is made of.
+        """
+        nonce, record = check_id(entry.attempt), entry.tree_record
+        mark, name = entry.folder / _IMAGE, self._keys.active(nonce)
+        mark.touch()
+        try:
+            with self._host.calling(record) as call:
+                parent = images.take_in(self._ctr, image, name, call)
+            self._reclaim(Tree(nonce), record)
+            tree = Tree(nonce, parent)
+            tree.save(record)
+            self._host.attach(tree, self._prepare(tree, record))
+        finally:
+            images.drop(self._ctr, name)
+        mark.unlink()
 
     def sweep(self) -> None:
         """Reclaim trash, views of dead processes, tombs, and what no entry names. One ctr where all is well."""
@@ -194,7 +219,8 @@ class HcsBackend(EntryBackend):
         )
 
     def _prepare(self, tree: Tree, record: Path) -> list[Mount]:
-        return self._ctr.prepare(self._keys.active(tree.nonce), tree.parent, self._host.calling(record))
+        with self._host.calling(record) as call:
+            return self._ctr.prepare(self._keys.active(tree.nonce), tree.parent, call)
 
     def _copy(self, source: Entry, entry: Entry) -> None:
         """Make the tree of *entry* by copying that of *source*."""
@@ -239,8 +265,8 @@ class HcsBackend(EntryBackend):
 
     def _exorcise(self, key: str, parent: str, record: Path) -> None:
         """Clear what containerd may keep of a child that its collector took: it would never let the parent go."""
-        with suppress(Missing):  # the parent has gone
-            self._ctr.prepare(key, parent, self._host.calling(record))
+        with suppress(Missing), self._host.calling(record) as call:  # the parent has gone
+            self._ctr.prepare(key, parent, call)
             self._ctr.remove(key)
 
     def _open_tomb(self, nonce: str) -> None:

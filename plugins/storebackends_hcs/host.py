@@ -6,7 +6,7 @@ The class here does neither: it is what both have in common, and the contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -63,9 +63,9 @@ class Host:
     def sweep(self) -> None:
         """Reclaim the views of dead processes."""
 
-    def calling(self, record: Path) -> IO[bytes] | None:
-        """What a ctr that makes something gets as its standard input, so that await_calls() can wait for its end."""
-        return None
+    def calling(self, record: Path) -> AbstractContextManager[IO[bytes] | None]:
+        """What one ctr that makes something gets as its standard input, so that await_calls() can wait for its end."""
+        return nullcontext()
 
     def await_calls(self, record: Path) -> None:
         """Wait for the end of every ctr that makes what *record* is of, also of those whose callers are dead."""
