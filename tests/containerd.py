@@ -9,13 +9,19 @@ each change of its database to the disk, and a shared disk's pace is not what is
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+import platform
 import signal
 import subprocess
+import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from storebackends import mounts
 from tests import capabilities
 from tests.capabilities import MIB
 
@@ -101,16 +107,64 @@ class Daemon:
         self.ctr("leases", "delete", "--sync", lease, namespace=namespace)
 
 
+def left(daemon: Daemon, root: Path, snapshotter: str = "overlayfs") -> list[str]:
+    """What the store in *root* has in the daemon or mounted, beside what its results and generations name."""
+    uuid = json.loads((root / "store.json").read_bytes())["uuid"]
+    entries = [*(root / "result").iterdir(), *(root / "caches").glob("*/*")]
+    nonces = [json.loads((entry / "tree.json").read_bytes())["nonce"] for entry in entries]
+    named = {f"storebackends-{uuid}-{nonce}-committed" for nonce in nonces}
+    there = {key for key in daemon.snapshots(snapshotter) if uuid in key}
+    found = [f"snapshot {key}" for key in there - named] + [f"snapshot {key} is missing" for key in named - there]
+    found += [f"mount {point.path}" for point in mounts.below(root)]
+    rooms = [root / "containerd" / room for room in ("mounts", "tombs", "views")]
+    return found + [str(path) for room in rooms for path in room.iterdir()]
+
+
 @contextmanager
 def running(folder: Path, size: int = 8192 * MIB) -> Iterator[Daemon]:
-    """A daemon with *size* bytes for its snapshots on each file system; what is not used takes no memory."""
+    """A daemon with *size* bytes for its snapshots on each file system; what is not used takes no memory.
+
+    A small one has no btrfs.
+    """
     with ExitStack() as held:
         room = held.enter_context(capabilities.small_tmpfs(folder, size=2 * size + 64 * MIB))
         root = held.enter_context(capabilities.loop_fs("ext4", room, size))
         btrfs = root / "btrfs"
-        if capabilities.look("btrfs").usable:
+        if size >= 512 * MIB and capabilities.look("btrfs").usable:
             btrfs = held.enter_context(capabilities.loop_fs("btrfs", room, size))
         daemon = Daemon(folder, root, btrfs)
         held.callback(daemon.stop)
         daemon.start()
         yield daemon
+
+
+def archive(path: Path, layers: Sequence[Mapping[str, bytes]]) -> Path:
+    """An OCI image of these *layers*, the lowest first, as a tar of its layout."""
+    blobs: dict[str, bytes] = {}
+
+    def blob(kind: str, data: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        blobs[f"blobs/sha256/{digest}"] = data
+        return {"mediaType": f"application/vnd.oci.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
+
+    tars = [blob("layer.v1.tar", _tar(layer)) for layer in layers]
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine()),
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in tars]},
+    }
+    manifest = {"schemaVersion": 2, "config": blob("config.v1+json", json.dumps(config).encode()), "layers": tars}
+    index = {"schemaVersion": 2, "manifests": [blob("manifest.v1+json", json.dumps(manifest).encode())]}
+    layout = {"oci-layout": b'{"imageLayoutVersion": "1.0.0"}', "index.json": json.dumps(index).encode()}
+    path.write_bytes(_tar(layout | blobs))
+    return path
+
+
+def _tar(files: Mapping[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()

@@ -12,7 +12,7 @@ import os
 import re
 from typing import IO
 
-from storebackends.plugin import StoreError
+from storebackends.plugin import CommandFailed, StoreError
 
 from .ctr import Ctr
 
@@ -25,7 +25,10 @@ def take_in(ctr: Ctr, image: str, name: str, record: IO[bytes] | None) -> str:
     Of an archive all that is taken in is called *name*/something. *record* is as for Ctr.prepare().
     """
     if os.path.lexists(image):
-        said = ctr.import_archive(os.path.abspath(image), f"{name}/image", record)
+        try:
+            said = ctr.import_archive(os.path.abspath(image), f"{name}/image", record)
+        except CommandFailed as error:
+            raise StoreError(f"{image} is no archive of an image, or a damaged one: {error}") from error
         found = sorted(set(_UNPACKED.findall(said)))
         if len(found) != 1:
             raise StoreError(f"{image} holds {len(found)} images for this platform, and a tree is one: name the one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +11,7 @@ import pytest
 from storebackends import mounts
 from storebackends.testing import BackendConformance
 from tests.capabilities import needs
-from tests.containerd import Daemon
+from tests.containerd import Daemon, left
 
 pytestmark = pytest.mark.slow
 
@@ -29,14 +28,7 @@ class Hcs(BackendConformance):
 
     def leftovers(self, root: Path) -> list[str]:
         """Its snapshots are those that its results and generations name, and nothing is mounted."""
-        uuid = json.loads((root / "store.json").read_bytes())["uuid"]
-        entries = [*(root / "result").iterdir(), *(root / "caches").glob("*/*")]
-        nonces = [json.loads((entry / "tree.json").read_bytes())["nonce"] for entry in entries]
-        named = {f"storebackends-{uuid}-{nonce}-committed" for nonce in nonces}
-        there = {key for key in self._daemon.snapshots(self.options["snapshotter"]) if uuid in key}
-        left = [f"snapshot {key}" for key in there ^ named] + [f"mount {point.path}" for point in mounts.below(root)]
-        rooms = [root / "containerd" / room for room in ("mounts", "tombs", "views")]
-        return super().leftovers(root) + left + [str(path) for room in rooms for path in room.iterdir()]
+        return super().leftovers(root) + left(self._daemon, root, self.options["snapshotter"])
 
 
 @needs("overlay")
