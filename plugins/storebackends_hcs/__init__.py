@@ -17,7 +17,7 @@ from pydantic import Field
 from storebackends.plugin import BackendSpec, CommandFailed, Options, Support, hookimpl, tool
 
 WINDOWS = sys.platform == "win32"
-CONNECT = "10s"
+CONNECT = "5s"
 """How long ctr waits for a daemon that does not answer; without it, for ever."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]+([._-][A-Za-z0-9]+)*$", max_length=76)]

@@ -165,6 +165,8 @@ class HcsBackend(EntryBackend):
 
     def sweep(self) -> None:
         """Reclaim trash, views of dead processes, tombs, and what no entry names. One ctr where all is well."""
+        if os.listdir(self.trash):
+            self._ctr.snapshots()  # a daemon that does not answer is waited for once, and not for each of them
         super().sweep()
         self._host.sweep()
         orphans = list(self._orphans())

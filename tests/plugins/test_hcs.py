@@ -419,7 +419,8 @@ class TestHcs:
         with pytest.raises(StoreError, match="does not answer at /nowhere/socket: start it"):
             opened(root, address="/nowhere/socket")
 
-    def test_a_store_outlives_its_daemon(self, tmp_path: Path) -> None:
+    def test_a_store_outlives_its_daemon(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storebackends_hcs, "CONNECT", "2s")
         with running(tmp_path, 256 * MIB) as daemon, opened(tmp_path / "store", address=daemon.address) as store:
             store.build("base", writes(a="1")).release()
             for how in (signal.SIGTERM, signal.SIGKILL):
