@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := .venv/.ready
 # What the tests start. Without one of them its tests are skipped, and the end of the run says so.
-PACKAGES := acl attr btrfs-progs bubblewrap containerd e2fsprogs gcc libc6-dev rsync util-linux xfsprogs
+PACKAGES := acl attr btrfs-progs bubblewrap containerd e2fsprogs gcc libbtrfsutil-dev libc6-dev python3-dev rsync util-linux xfsprogs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -47,8 +47,9 @@ bench: $(READY) packages ## measure, compare and hold to the ratios promised
 	$(BIN)/python -m tests.benchmarks
 	echo "cd suite && python3 -m tests.benchmarks --only zfs" | .ci/zfs/run
 
-packages:
+packages: $(READY)
 	@.ci/debian $(PACKAGES)
+	@.ci/btrfsutil .venv/bin/python --editable '.[btrfs]'
 
 $(READY): pyproject.toml .ci/setup
 	PYTHON="$(PYTHON)" .ci/setup

@@ -107,14 +107,17 @@ _MKFS = {"ext4": ("mkfs.ext4", "-q", "-F"), "xfs": ("mkfs.xfs", "-q", "-f"), "bt
 
 
 @contextmanager
-def loop_fs(kind: str, parent: Path, size: int = 512 * MIB) -> Iterator[Path]:
-    """An ext4, xfs or btrfs of *size* bytes in a sparse image below *parent*, mounted. XFS takes at least 300 MiB."""
+def loop_fs(kind: str, parent: Path, size: int = 512 * MIB, options: str = "") -> Iterator[Path]:
+    """An ext4, xfs or btrfs of *size* bytes in a sparse image below *parent*, mounted with *options*, "a,b".
+
+    XFS takes at least 300 MiB.
+    """
     room = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=parent))
     image = room / "image"
     with image.open("wb") as file:
         file.truncate(size)
     run(*_MKFS[kind], image)
-    with mounted(room / "mnt", "-o", "loop", image):
+    with mounted(room / "mnt", "-o", f"loop,{options}".rstrip(","), image):
         yield room / "mnt"
 
 
@@ -266,6 +269,26 @@ def _loop(kind: str, package: str) -> None:
 _loop("ext4", "e2fsprogs")
 _loop("xfs", "xfsprogs")
 _loop("btrfs", "btrfs-progs")
+
+
+@probe("btrfsutil", "pip install 'storebackends[btrfs]', which takes gcc, python3-dev and libbtrfsutil-dev")
+def _btrfsutil() -> None:
+    try:
+        import btrfsutil
+    except ImportError as error:
+        raise OSError(f"no module btrfsutil: {error}") from error
+    assert btrfsutil.SubvolumeIterator
+
+
+def _own_btrfs(name: str, variable: str) -> None:
+    @probe(name, f"name a btrfs of this user's in ${variable}, as `make wheel-test` does")
+    def attempt() -> None:
+        if not os.access(os.environ.get(variable, ""), os.W_OK):
+            raise OSError("there is none")
+
+
+_own_btrfs("btrfs_of_a_user", "STOREBACKENDS_BTRFS")
+_own_btrfs("btrfs_that_allows", "STOREBACKENDS_BTRFS_ALLOWS")
 
 
 @probe("overlay", "load the overlay module and grant CAP_SYS_ADMIN", root=True)

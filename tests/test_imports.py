@@ -32,6 +32,7 @@ PROMISED = {
     "open_store",
 }
 HEAVY = {"click", "pydantic", "rich", "sh", "storebackends.cli", "storebackends_copy", "storebackends_rsync"}
+HEAVY |= {"btrfsutil", "storebackends_btrfs"}
 
 
 @pytest.fixture(scope="session")

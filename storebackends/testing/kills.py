@@ -41,6 +41,7 @@ _CHANGES = {
     "truncate",
     "ftruncate",
     "ioctl",
+    "create_subvolume",  # btrfsutil's; all else there goes by ioctl
     "copy_file_range",
     "sendfile",
     "fork",
