@@ -30,7 +30,7 @@ from pydantic_core import ErrorDetails, to_json
 from .backend import BackendSpec
 from .errors import ConfigError, PluginError
 from .prune import Policy, bytes_of, seconds_of
-from .registry import Registry, close_matches
+from .registry import AUTO, Registry, close_matches
 
 APP = "storebackends"
 VARIABLE = "STOREBACKENDS_CONFIG"
@@ -42,6 +42,7 @@ _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
 _Where = tuple[str | int, ...]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+NO_OPTIONS = 'is an option of no backend while that is "auto"; name the backend that it is for'
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 
 
@@ -50,6 +51,7 @@ class StoreConfig:
     """One ``[stores.NAME]``: everything that opening the store takes. *options* is an instance of spec.options.
 
     *path* is None where it is left to the backend; then folder() asks that.
+    With the backend "auto" *spec* is None, until the store is opened, and there are no options.
     """
 
     name: str
@@ -59,7 +61,7 @@ class StoreConfig:
     verify: Verify
     prune: Policy | None
     options: BaseModel
-    spec: BackendSpec
+    spec: BackendSpec | None
 
     def folder(self) -> Path:
         """The store's folder. Raises StoreError where it is the backend's to say and that cannot."""
@@ -128,10 +130,10 @@ def load(path: Path | None = None) -> Config:
     return _Check(None).config({})
 
 
-def store_folder(spec: BackendSpec, path: Path | None, options: BaseModel) -> Path:
+def store_folder(spec: BackendSpec | None, path: Path | None, options: BaseModel) -> Path:
     """Return *path*, or what the backend says where none is given. Raises StoreError where it cannot say it."""
     if path is None:
-        assert spec.folder is not None  # noqa: S101 (else a path was asked for)
+        assert spec is not None and spec.folder is not None  # noqa: S101, PT018 (else a path was asked for)
         return spec.folder(options)
     return path
 
@@ -259,19 +261,27 @@ class _Check:
         common = _validate(_Store, own, self.problems, where)
         # Judged even when `path` is missing; a backend that is no string was reported just now.
         backend = own.get("backend", "copy")
-        spec = self._plugin(self.registry.spec, backend, *where, "backend") if isinstance(backend, str) else None
-        if spec is None:
-            return None
         rest = {key: table[key] for key in table if key not in own}
-        options = _validate(spec.options, rest, self.problems, where)
+        spec, options = self._backend(backend, rest, where) if isinstance(backend, str) else (None, None)
         prune = own.get("prune")  # judged even when another key is wrong; one that is no table was reported just now
         rules = _validate(_Prune, prune, self.problems, (*where, "prune")) if isinstance(prune, dict) else None
-        if common and common.path is None and spec.folder is None:
+        if common and common.path is None and (spec.folder is None if spec else backend == AUTO):
             self._problem((*where, "path"), "is missing")
         if common is None or options is None:
             return None
         policy = Policy(**rules.model_dump()) if rules else None
         return StoreConfig(name, common.backend, common.path, common.durability, common.verify, policy, options, spec)
+
+    def _backend(
+        self, name: str, rest: Mapping[str, Any], where: _Where
+    ) -> tuple[BackendSpec | None, BaseModel | None]:
+        """The backend, None for "auto", and its options, None where they are wrong."""
+        if name == AUTO:
+            for key in rest:
+                self._problem((*where, key), NO_OPTIONS + close_matches(key, _Store.model_fields))
+            return None, None if rest else _Table()
+        spec = self._plugin(self.registry.spec, name, *where, "backend")
+        return spec, _validate(spec.options, rest, self.problems, where) if spec else None
 
     def _plugin(self, look_up: Callable[[str], _T], name: str, *where: str | int) -> _T | None:
         try:

@@ -65,6 +65,15 @@ def prepare(root: Path, backend: str, durability: str | None, boot: str) -> Mark
     return marker
 
 
+def kept_backend(root: Path) -> str | None:
+    """The backend that the store in *root* was made with; None where there is no store yet. Raises ConfigError."""
+    try:
+        marker = _load(root)
+    except OSError:
+        return None  # prepare() says what is wrong there
+    return marker.backend if marker else None
+
+
 def load(root: Path) -> Marker:
     """Read the marker of the store in *root*. Raises ConfigError where it is broken or missing."""
     if marker := _load(root):

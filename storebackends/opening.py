@@ -14,7 +14,7 @@ from .durability import Durability, boot_id
 from .errors import ConfigError, PluginError, StoreError, explained
 from .events import Deaths, Event, Events, Opened, Recovered
 from .locks import Lock, Locks
-from .marker import DURABILITIES, Marker, load, prepare
+from .marker import DURABILITIES, Marker, kept_backend, load, prepare
 from .recovery import drop_unsynced, recover
 from .store import Store
 
@@ -43,34 +43,39 @@ def open_store(
 
     With a *name*, the one of the host's configuration; with *backend* and *path*, the one spelled out, *options* being
     the backend's own (some backends know by them where the store is, and need no *path*); with neither, the
-    configuration's default. *durability* is "group", "full" or "none", chosen when the store is made. *verify* "digest"
+    configuration's default. The backend "auto" takes no options; it is the best there is for *path*, chosen when the
+    store is made. So is *durability*: "group", "full" or "none". *verify* "digest"
     keeps the digest of each tree that is published, for fsck(). With *recover* False what a crash left stays until
     fsck() repairs it. *detach_barrier* is called at close() instead of the last disk barrier, where one is due.
 
     Raises ConfigError, PluginError, NotSupported with the fix, or StoreError where the folder cannot be used.
     """
     # Here, not above: importing storebackends must not import pydantic.
-    from .registry import Registry
+    from .config import NO_OPTIONS, store_folder, validate_options
+    from .config import load as load_config
+    from .registry import AUTO, Registry
 
     registry = Registry()
     listeners: Listeners = ()
     prune = None
     if backend is None and path is None and not options:
-        from .config import load as load_config
-
         config = load_config()
         found = config.store(name)
         spec, root, model = found.spec, found.folder(), found.options
+        if spec is None:
+            spec = _chosen(registry, root)
+            model = validate_options(spec, {}, f"{config.source}: stores.{found.name}")
         durability, verify, prune = durability or found.durability, verify or found.verify, found.prune
         listeners = _listeners(registry, config)
-    elif backend is None or name is not None or (path is None and registry.spec(backend).folder is None):
+    elif backend is None or name is not None or (path is None and not _finds_its_folder(registry, backend)):
         raise ConfigError("open_store()", ["give a store's name, or backend= and path= (and options), or nothing"])
     else:
-        from .config import store_folder, validate_options
-
-        spec = registry.spec(backend)
+        if backend == AUTO and options:
+            raise ConfigError("open_store()", [f"{key}: {NO_OPTIONS}" for key in options])
+        given = Path(path).expanduser().absolute() if path else None
+        spec = _chosen(registry, given) if backend == AUTO and given else registry.spec(backend)
         model = validate_options(spec, options, "open_store()")
-        root = store_folder(spec, Path(path).expanduser().absolute() if path else None, model)
+        root = store_folder(spec, given, model)
     for key, value, known in (("durability", durability, DURABILITIES), ("verify", verify, VERIFIES)):
         if value not in (None, *known):
             raise ConfigError("open_store()", [f"{key}: {value!r} is none of {', '.join(known)}"])
@@ -91,6 +96,19 @@ def sync(root: Path) -> None:
             durability.flush()
         finally:
             durability.close(flush=False)
+
+
+def _finds_its_folder(registry: Registry, backend: str) -> bool:
+    from .registry import AUTO
+
+    return backend != AUTO and registry.spec(backend).folder is not None
+
+
+def _chosen(registry: Registry, root: Path) -> BackendSpec:
+    """What "auto" means for the store in *root*: what it was made with or, for a new one, what ranks highest there."""
+    from .registry import best
+
+    return registry.spec(kept_backend(root) or best(registry.supports(root)))
 
 
 def _listeners(registry: Registry, config: Config) -> Listeners:

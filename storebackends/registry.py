@@ -12,17 +12,20 @@ import inspect
 import pkgutil
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import pluggy
 from pydantic import BaseModel
 
 from . import hookspecs
-from .backend import API, OLDEST_API, Backend, BackendSpec
-from .errors import PluginError
+from .backend import API, OLDEST_API, Backend, BackendSpec, Support
+from .errors import NotSupported, PluginError
 
 GROUP = "storebackends"
+AUTO = "auto"
+"""Instead of a backend's name: the one that ranks highest where a store is made. The store keeps it."""
 
 
 def close_matches(word: str, known: Iterable[str]) -> str:
@@ -62,6 +65,13 @@ class Registry:
             except PluginError as error:
                 found[name] = error
         return found
+
+    def supports(self, folder: Path) -> dict[str, Support]:
+        """Import every plugin and ask each backend if it can be used in *folder*, which may not exist yet."""
+        answers: dict[str, Support] = {}
+        for name, spec in self.specs().items():
+            answers[name] = Support(False, str(spec)) if isinstance(spec, PluginError) else probe(spec, folder)
+        return answers
 
     def driver(self, spec: BackendSpec) -> type[Backend]:
         """Import the class that serves a store of this backend."""
@@ -163,6 +173,23 @@ class Registry:
 
     def _error(self, name: str, reason: str) -> PluginError:
         return PluginError(name, reason, self.distribution(name))
+
+
+def probe(spec: BackendSpec, folder: Path) -> Support:
+    """Ask one backend; a probe that raises is an answer, too."""
+    try:
+        return spec.probe(folder)
+    except Exception as error:  # noqa: BLE001 (a plugin's mistake; the others are still of interest)
+        return Support(False, f"its probe failed with {type(error).__name__}: {error}", "tell the plugin's authors")
+
+
+def best(supports: Mapping[str, Support]) -> str:
+    """The one that "auto" means. Raises NotSupported, with each one's reason, where there is none."""
+    ranks = {name: support.rank for name, support in supports.items() if support.usable and support.rank > 0}
+    if ranks:
+        return max(sorted(ranks), key=ranks.__getitem__)
+    reasons = "; ".join(f"{name}: {support.reason or 'only where it is named'}" for name, support in supports.items())
+    raise NotSupported(f'backend = "{AUTO}"', f"no backend offers itself ({reasons})", "name one")
 
 
 def _manager() -> pluggy.PluginManager:

@@ -89,6 +89,7 @@ def test_a_store_has_all_that_opening_it_takes(write: Write, toy: None, tmp_path
 
     assert (store.backend, store.path, store.durability) == ("toy", tmp_path / "fast", "full")
     assert store.options.model_dump() == {"level": 3, "mode": "safe", "folder": Path("sub")}
+    assert store.spec is not None
     assert store.spec.name == "toy"
 
 
@@ -112,6 +113,22 @@ def test_a_backend_that_knows_where_its_store_is_needs_no_path(write: Write, tmp
     assert own.show()["path"] is None
     assert asking.folder() == tmp_path / "tank/own"
     assert elsewhere.folder() == tmp_path / "elsewhere"
+
+
+def test_auto_is_decided_when_the_store_is_opened(write: Write) -> None:
+    store = load(write('stores.fast = {path = "/ABS/fast", backend = "auto"}')).store()
+
+    assert (store.backend, store.spec, store.options.model_dump()) == ("auto", None, {})
+
+
+def test_auto_takes_no_options_of_a_backend(write: Write) -> None:
+    file = write('stores.fast = {path = "/ABS/fast", backend = "auto", reflink = "never", verfy = "none"}')
+
+    reason = 'is an option of no backend while that is "auto"; name the backend that it is for'
+    assert problems(file) == [
+        f"stores.fast.reflink: {reason}",
+        f"stores.fast.verfy: {reason}; did you mean 'verify'?",
+    ]
 
 
 def test_a_tilde_is_the_users_home(write: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from storebackends import ConfigError, PluginError, StoreError, opening
 from storebackends.locks import Locks
 from storebackends.opening import open_store, sync
 from tests.capabilities import needs
+from tests.distributions import PLUGIN, install
 from tests.stores import files, left_in_progress, open_copy, writes
 
 
@@ -47,12 +48,64 @@ def test_without_a_configuration_there_is_a_default_store(tmp_path: Path, monkey
         ({"name": "a", "backend": "copy", "path": "/x"}, ConfigError, "or nothing"),
         ({"backend": "cpoy", "path": "/x"}, PluginError, "did you mean 'copy'"),
         ({"backend": "copy", "path": "/x", "relfink": "auto"}, ConfigError, "did you mean 'reflink'"),
+        ({"backend": "auto", "path": "/x", "reflink": "auto"}, ConfigError, "reflink: is an option of no backend"),
         ({"backend": "copy", "path": "/x", "durability": "some"}, ConfigError, "'some' is none of group, full, none"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: dict[str, str], error: type[StoreError], match: str) -> None:
     with pytest.raises(error, match=match):
         open_store(**arguments)  # type: ignore[arg-type]
+
+
+class TestAuto:
+    """Which one is chosen where is tested with the backends."""
+
+    @pytest.fixture(autouse=True)
+    def site(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        folder = tmp_path / "site"
+        folder.mkdir()
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    def offer(self, site: Path, answer: str) -> None:
+        """Have a plugin that gives this answer, and keeps its trees as copy does."""
+        source = PLUGIN.replace("toy_driver:Toy", "storebackends_copy.driver:CopyBackend")
+        source = source.replace(
+            "class ToyOptions(Options):", "class ToyOptions(Options):\n        reflink: str = 'auto'"
+        )
+        install(site, "toys", {"toy": "toy_plugin"}, toy_plugin=source.replace("Support(True)", answer))
+
+    def test_the_best_is_chosen_and_kept_in_the_store(self, site: Path, tmp_path: Path) -> None:
+        self.offer(site, "Support(not (path.parent / 'gone').exists(), rank=1000)")
+        with open_store(backend="auto", path=tmp_path / "store") as store:
+            assert store.backend == "toy"
+        (tmp_path / "gone").touch()
+
+        with open_store(backend="auto", path=tmp_path / "store") as again:
+            assert again.backend == "toy"
+        assert json.loads((tmp_path / "store" / "store.json").read_text())["backend"] == "toy"
+
+    def test_a_store_that_was_made_stays_what_it_is(self, site: Path, tmp_path: Path) -> None:
+        open_copy(tmp_path / "store").close()
+        self.offer(site, "Support(True, rank=1000)")
+
+        with open_store(backend="auto", path=tmp_path / "store") as store:
+            assert store.backend == "copy"
+
+    def test_it_can_be_configured(self, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.offer(site, "Support(True, rank=1000)")
+        config = tmp_path / "config.toml"
+        config.write_text(f'stores.a = {{path = "{tmp_path}/a", backend = "auto"}}')
+        monkeypatch.setenv("STOREBACKENDS_CONFIG", str(config))
+
+        with open_store() as store, store.build("a", writes(f="1")) as result:
+            assert (store.backend, files(result.path)) == ("toy", {"f": "1"})
+
+    def test_a_folder_that_is_no_store_is_refused_as_ever(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+
+        with pytest.raises(ConfigError, match="is a file, not a folder"):
+            open_store(backend="auto", path=tmp_path / "file")
 
 
 class TestRoot:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from storebackends.backend import API, BackendSpec
-from storebackends.errors import PluginError
-from storebackends.registry import Registry
+from storebackends.backend import API, BackendSpec, Support
+from storebackends.errors import NotSupported, PluginError
+from storebackends.registry import Registry, best
 from tests.distributions import PLUGIN, install
 
 LISTENER = """
@@ -225,3 +225,31 @@ def test_what_a_half_removed_distribution_left_disturbs_nobody(site: Path) -> No
     assert registry.spec("toy").name == "toy"
     assert len(registry.find("toy-store")) == 1
     assert "gone_plugin" in str(refused("gone"))
+
+
+def test_every_backend_is_asked_and_what_is_broken_answers_no(site: Path, tmp_path: Path) -> None:
+    install(site, "toys", {"toy": "toy_plugin"}, toy_plugin=PLUGIN.replace("Support(True)", "1 / 0"))
+    install(site, "wrecks", {"wreck": "wreck_plugin"}, wreck_plugin="import missing_module")
+
+    answers = Registry().supports(tmp_path / "not" / "yet")
+
+    assert answers["copy"].usable
+    assert answers["toy"].reason == "its probe failed with ZeroDivisionError: division by zero"
+    assert not answers["wreck"].usable
+    assert "missing_module" in answers["wreck"].reason
+
+
+def test_the_best_is_the_usable_one_that_ranks_highest() -> None:
+    answers = {
+        "plain": Support(True, rank=10),
+        "fast": Support(True, rank=50),
+        "broken": Support(False, rank=100),
+        "asked": Support(True),
+    }
+
+    assert best(answers) == "fast"
+
+
+def test_what_ranks_at_nothing_is_never_chosen_unasked() -> None:
+    with pytest.raises(NotSupported, match=r"asked: only where it is named; broken: no disk.*name one"):
+        best({"asked": Support(True), "broken": Support(False, "no disk")})

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from storebackends.errors import ConfigError, StoreError
+from storebackends.errors import ConfigError, NotSupported, StoreError
 
 from ._common import FilePath, as_json, example, fail, print_json, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from storebackends.backend import BackendSpec, Support
+    from storebackends.backend import Support
     from storebackends.config import Config, StoreConfig
     from storebackends.registry import Registry
 
@@ -93,6 +95,8 @@ def plugins(as_json: bool) -> None:
 def doctor(path: Path | None, as_json: bool) -> None:
     """Tell which backends can be used on this host, and if not, why and what would help; and try the stores.
 
+    It also tells which one a new store of backend "auto" would get.
+
     Ends with 3 where a configured store cannot be opened, and with 2 where the configuration is wrong.
     """
     from pathlib import Path
@@ -101,6 +105,7 @@ def doctor(path: Path | None, as_json: bool) -> None:
     from storebackends.registry import Registry
     from storebackends.sandbox import why_not
 
+    registry = Registry()
     loaded: Config | None = None
     problem = ""
     try:
@@ -109,67 +114,61 @@ def doctor(path: Path | None, as_json: bool) -> None:
         problem = str(error)
     # Where the backend has to say where its store is, what it says is asked for below.
     folder = path or (loaded and loaded.store().path) or Path.cwd()
-    backends = _backends(Registry(), folder.absolute())
-    stores = {name: _try(store) for name, store in loaded.stores.items()} if loaded else {}
+    backends = registry.supports(folder.absolute())
+    auto = _auto(backends)
+    stores = {name: _try(registry, store) for name, store in loaded.stores.items()} if loaded else {}
     bwrap = why_not()
     if as_json:
-        facts = {"folder": str(folder), "backends": backends, "configuration": problem, "stores": stores}
+        answers = {name: asdict(support) for name, support in backends.items()}
+        facts = {"folder": str(folder), "backends": answers, "auto": auto, "configuration": problem, "stores": stores}
         print_json({**facts, "bubblewrap": bwrap})
     else:
-        _report(folder, backends, bwrap, stores)
+        _report(folder, backends, auto, bwrap, stores)
     if problem:
         fail(problem, 2)
     if broken := [name for name, answer in stores.items() if answer["problem"]]:
         fail(f"cannot be used: {', '.join(broken)}", 3)
 
 
-def _backends(registry: Registry, folder: Path) -> dict[str, dict[str, object]]:
-    answers: dict[str, dict[str, object]] = {}
-    for name, spec in registry.specs().items():
-        if isinstance(spec, StoreError):
-            answers[name] = {"usable": False, "reason": str(spec), "fix": ""}
-        else:
-            support = _probe(spec, folder)
-            answers[name] = {"usable": support.usable, "reason": support.reason, "fix": support.fix}
-    return answers
-
-
-def _probe(spec: BackendSpec, folder: Path) -> Support:
-    from storebackends.backend import Support
+def _auto(backends: Mapping[str, Support]) -> str | None:
+    from storebackends.registry import best
 
     try:
-        return spec.probe(folder)
-    except Exception as error:  # noqa: BLE001 (a plugin's mistake; the others are still of interest)
-        return Support(False, f"its probe failed with {type(error).__name__}: {error}", "tell the plugin's authors")
+        return best(backends)
+    except NotSupported:
+        return None
 
 
-def _try(store: StoreConfig) -> dict[str, object]:
+def _try(registry: Registry, store: StoreConfig) -> dict[str, object]:
     """Can it be opened? One that was not made yet is not made for that."""
     from storebackends.marker import NAME
     from storebackends.opening import open_store
+    from storebackends.registry import best, probe
 
     facts: dict[str, object] = {"backend": store.backend, "path": str(store.path or ""), "made": False, "problem": ""}
     try:
         folder = store.folder()
-    except StoreError as error:
-        return {**facts, "problem": str(error)}
-    facts["path"] = str(folder)
-    if not os.path.exists(folder / NAME):
-        support = _probe(store.spec, folder)
-        return facts if support.usable else {**facts, "problem": f"{support.reason}; {support.fix}"}
-    try:
-        open_store(store.name).close()
+        facts["path"] = str(folder)
+        if os.path.exists(folder / NAME):
+            facts["made"] = True
+            with open_store(store.name) as opened:
+                facts["backend"] = opened.backend
+        elif store.spec is None:
+            facts["backend"] = f"{store.backend}: {best(registry.supports(folder))}"
+        elif not (support := probe(store.spec, folder)).usable:
+            facts["problem"] = f"{support.reason}; {support.fix}"
     except StoreError as error:
         facts["problem"] = str(error)
-    return {**facts, "made": True}
+    return facts
 
 
 def _report(
-    folder: Path, backends: dict[str, dict[str, object]], bwrap: str, stores: dict[str, dict[str, object]]
+    folder: Path, backends: Mapping[str, Support], auto: str | None, bwrap: str, stores: dict[str, dict[str, object]]
 ) -> None:
     click.echo(printable(f"Backends, for a store in {folder}:"))
-    for name, answer in backends.items():
-        _verdict(name, bool(answer["usable"]), answer["reason"], answer["fix"])
+    for name, support in backends.items():
+        _verdict(name, support.usable, support.reason, support.fix)
+    _verdict("auto", auto is not None, f"means {auto}" if auto else "none offers itself", "")
     click.echo("Sandbox:")
     _verdict("bubblewrap", not bwrap, bwrap, "")
     click.echo("Stores:")

@@ -63,6 +63,22 @@ def test_doctor_tells_what_works_and_tries_the_stores(host: Host) -> None:
     assert "ok  copy" in host("doctor", "--path", host.folder).out
 
 
+def test_doctor_tells_what_auto_means(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = host.folder / "site"
+    install(site, "toys", {"toy": "toy_plugin"}, toy_plugin=PLUGIN.replace("Support(True)", "Support(True, rank=1000)"))
+    monkeypatch.syspath_prepend(site)
+    host.configure(backend="auto")
+
+    said = host("doctor", "--json").json
+    text = host("doctor").out
+
+    assert (said["auto"], said["backends"]["toy"]["rank"]) == ("toy", 1000)
+    assert said["stores"]["only"]["backend"] == "auto: toy"
+    assert "ok  auto: means toy" in text
+    open_copy(host.root).close()
+    assert host("doctor", "--json").json["stores"]["only"]["backend"] == "copy"
+
+
 def test_doctor_makes_no_store(host: Host) -> None:
     host("doctor")
 
