@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.capabilities import MIB, needs, small_tmpfs
+from tests.capabilities import MIB, loop_fs, needs, run, small_tmpfs
 
 pytestmark = [needs("proc", "fork"), pytest.mark.slow]
 
@@ -31,7 +31,9 @@ class Kind(NamedTuple):
 RSYNC = needs("rsync")
 COPY = pytest.param(Kind("copy"), id="copy")
 OVERLAY = pytest.param(Kind("overlay", {"depth": 2}, on="tmpfs"), id="overlay", marks=needs("overlay", "tmpfs"))
+BTRFS = pytest.param(Kind("btrfs", on="btrfs"), id="btrfs", marks=needs("btrfs", "btrfsutil"))
 KINDS = [
+    BTRFS,
     COPY,
     OVERLAY,
     pytest.param(Kind("rsync", {"mode": "copy"}), id="rsync-copy", marks=RSYNC),
@@ -43,10 +45,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture
 def folder(kind: Kind, tmp_path: Path) -> Iterator[Path]:
-    """Where stores of that kind can be."""
+    """Where stores of that kind can be. In the end a btrfs has no subvolume: all that the stores made were deleted."""
     if kind.on == "tmpfs":
         with small_tmpfs(tmp_path, 1024 * MIB) as mount:
             yield mount
+    elif kind.on == "btrfs":
+        with loop_fs("btrfs", tmp_path, 2048 * MIB) as mount:
+            yield mount
+            assert run("btrfs", "subvolume", "list", mount) == ""
     else:
         yield tmp_path
 
@@ -75,7 +81,7 @@ def test_whatever_many_processes_and_threads_do_at_once_all_is_whole_and_nothing
     stress(kind, folder, rng, "--calls", "8")
 
 
-@pytest.mark.parametrize("kind", [COPY, OVERLAY])
+@pytest.mark.parametrize("kind", [BTRFS, COPY, OVERLAY])
 def test_builders_that_are_killed_cost_nobody_else_anything(kind: Kind, folder: Path, rng: random.Random) -> None:
     stress(kind, folder, rng, "--kills", "8", "--durability", "group")
 
