@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,9 @@ from pathlib import Path
 from .backend import Entry, Size
 from .errors import StoreError
 
+if sys.platform == "linux":
+    import fcntl
+
 log = logging.getLogger(__name__)
 
 BATCH = 256  # uses of results that may wait in memory to be written
@@ -27,9 +31,12 @@ PAUSE = 1.0  # seconds that they wait, once another follows: other processes pru
 _HEAD = 1024  # bytes of a record that hold the attempt
 _READ: int = sum(getattr(os, name, 0) for name in ("O_RDONLY", "O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 _CHUNK = 1000  # records that one transaction reads from the disk
+# With a write-ahead log SQLite maps a file into memory. On a full btrfs a write to mapped memory needs new blocks, and
+# ends the process by SIGBUS. So there it keeps a plain journal, and leaves it to the host when that reaches the disk: a
+# sync takes longer there than all else in a build, and check() finds what a power cut broke.
+_LOGGED = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;"
+_PLAIN = "PRAGMA journal_mode = TRUNCATE; PRAGMA synchronous = OFF;"
 _SCHEMA = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = NORMAL;
 CREATE TABLE IF NOT EXISTS results (
     id TEXT PRIMARY KEY, attempt TEXT NOT NULL, base TEXT, created REAL NOT NULL, used REAL NOT NULL
 ) WITHOUT ROWID;
@@ -150,15 +157,13 @@ class Index:
             return self._open(":memory:")
         except sqlite3.DatabaseError as error:
             log.warning("%s is damaged (%s) and made anew from the results", self._path, error)
-            for name in (self._path, *(Path(f"{self._path}{end}") for end in ("-wal", "-shm"))):
-                with suppress(FileNotFoundError):
-                    os.unlink(name)
+            _unlink(self._path)
             return self._open(str(self._path))
 
     def _open(self, path: str) -> sqlite3.Connection:
         db = sqlite3.connect(path, timeout=30, check_same_thread=False)
         try:
-            db.executescript(_SCHEMA)
+            db.executescript((_PLAIN if _is_btrfs(self._path.parent) else _LOGGED) + _SCHEMA)
         except BaseException:
             db.close()
             raise
@@ -236,6 +241,43 @@ class Index:
                 continue
             when = record.finished or record.started
             yield id, record.attempt, record.base, when, when
+
+
+def check(root: Path) -> None:
+    """Remove the index if the host's end has damaged it: it is made anew from the results. Nobody may have it open."""
+    path = root / "index.sqlite"
+    if not path.exists():
+        return
+    db = sqlite3.connect(path)
+    try:
+        answers = db.execute("PRAGMA quick_check(1)").fetchall()
+    except sqlite3.Error as error:
+        answers = [(str(error),)]
+    finally:
+        db.close()
+    if answers != [("ok",)]:
+        log.warning("%s is damaged (%s) and made anew from the results", path, answers[0][0])
+        _unlink(path)
+
+
+def _unlink(path: Path) -> None:
+    for end in ("", "-journal", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            os.unlink(f"{path}{end}")
+
+
+def _is_btrfs(folder: Path) -> bool:
+    if sys.platform == "linux":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.ioctl(fd, 0x8400941F, bytearray(1024))  # BTRFS_IOC_FS_INFO
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+    else:  # noqa: RET505 (or the type checker would take it for unreachable)
+        return False
 
 
 def _row(row: tuple[str, str, str | None, float, float, int | None, int | None]) -> Row:

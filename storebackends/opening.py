@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import index
 from .backend import Backend, BackendSpec
 from .durability import Durability, boot_id
 from .errors import ConfigError, PluginError, StoreError, explained
@@ -179,6 +180,7 @@ def _catch_up(root: Path, marker: Marker, backend: Backend, locks: Locks, events
         with locks.store(exclusive=True):
             marker = load(root)
             if marker.boot != boot:
+                index.check(root)
                 if marker.durability != "none":
                     for id in drop_unsynced(backend, root / "result", boot):
                         reason = "it may not have reached the disk before the host went down"

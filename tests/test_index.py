@@ -5,13 +5,14 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from storebackends import index as index_module
 from storebackends.backend import Entry, Size
-from storebackends.index import Index
+from storebackends.index import Index, check
 from storebackends.records import Record
 from tests.capabilities import needs
 
@@ -69,6 +70,37 @@ def test_a_damaged_file_is_made_anew_from_the_disk(root: Path, damage: bytes) ->
 
     assert index.children("a") == ["b"]
     index.close()
+
+
+@pytest.mark.parametrize("damage", [b"", b"no database, but as long as one" * 500])
+def test_what_the_hosts_end_damaged_is_found_and_made_anew(root: Path, damage: bytes) -> None:
+    publish(root, "b", base="a")
+    opened(root).close()
+    path = root / "index.sqlite"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size // 2)
+        file.write(damage)
+
+    check(root)
+
+    assert path.exists() is not bool(damage)
+    index = opened(root)
+    assert index.children("a") == ["b"]
+    index.close()
+
+
+@needs("btrfs")
+def test_on_btrfs_no_file_is_mapped_into_memory(loop_fs: Callable[..., AbstractContextManager[Path]]) -> None:
+    """On a full one a write to mapped memory ends the process; tests/plugins/test_btrfs.py fills one."""
+    with loop_fs("btrfs", size=128 << 20) as folder:
+        (folder / "result").mkdir()
+        index = opened(folder)
+        index.add("b", "0", "a")
+
+        assert "index.sqlite" not in Path("/proc/self/maps").read_text()
+        assert index.children("a") == ["b"]
+        index.close()
 
 
 def test_a_write_that_fails_is_mended_by_every_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

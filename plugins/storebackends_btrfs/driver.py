@@ -7,10 +7,13 @@ built, and its entry renamed after that. Deleted subvolumes are reclaimed by the
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from storebackends.plugin import Capability, Entry, EntryBackend, NotSupported, StoreError, Usage, trees
 
@@ -21,13 +24,15 @@ assert sys.platform == "linux", "btrfs is a file system of Linux; use the backen
 from . import checks, space, volumes  # noqa: E402
 
 _PASSES = 16  # subvolumes in each other's closed folders that a user's build may leave
-_PAUSE = 0.05
+_PAUSE = 0.05  # seconds between two looks at what is not reclaimed yet
+_PATIENCE = 10.0
 
 
 class BtrfsBackend(EntryBackend):
     """See the module."""
 
     options: BtrfsOptions
+    _is_reclaiming = False  # has anything been deleted here, and not been waited for?
 
     def open(self) -> None:
         """Raises NotSupported where the file system, the kernel or the module btrfsutil does not serve."""
@@ -50,6 +55,7 @@ class BtrfsBackend(EntryBackend):
 
     def remove(self, folder: Path) -> None:
         """Delete the subvolumes, then the rest as the plain folders it is."""
+        self._is_reclaiming = True
         for left in reversed(range(_PASSES)):
             volumes.delete(folder / "rootfs")
             try:
@@ -60,6 +66,36 @@ class BtrfsBackend(EntryBackend):
                 if not (left and isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EROFS):
                     raise
 
+    # What is deleted comes back only when the kernel has reclaimed it, and to hide an entry is a rename, which takes
+    # metadata. On a full file system both are helped by a little patience.
+
+    def build(self, id: str, base: str | None, attempt: str, record: Any = None) -> Entry:
+        """See Backend.build."""
+        if self._is_reclaiming and _is_tight(self.root):
+            self.settle(_PATIENCE)
+        return super().build(id, base, attempt, record)
+
+    def discard(self, id: str, attempt: str) -> None:
+        """See Backend.discard; without room for the rename the tree goes where it is, since nobody sees a build."""
+        try:
+            super().discard(id, attempt)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            volumes.delete(self.in_progress / f"{id}~{attempt}" / "rootfs")
+            self.settle(_PATIENCE)
+            super().discard(id, attempt)
+
+    def delete(self, id: str) -> None:
+        """See Backend.delete."""
+        try:
+            super().delete(id)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            self.settle(_PATIENCE)
+            super().delete(id)
+
     def usage(self) -> Usage:
         """See Backend.usage; with the metadata, which can run out before the rest does."""
         usage, room = super().usage(), space.metadata(self.root)
@@ -68,7 +104,9 @@ class BtrfsBackend(EntryBackend):
     def settle(self, timeout: float) -> bool:
         """Wait until the kernel has reclaimed what is deleted now. False also where only root may know."""
         deadline = time.monotonic() + timeout
-        volumes.start_commit(self.root)  # which reclaims sooner than the next that is due
+        self._is_reclaiming = False
+        if not self._commits(timeout):  # which has the kernel begin
+            return False
         try:
             waiting = volumes.deleted(self.root)
             while waiting and time.monotonic() < deadline:
@@ -76,4 +114,17 @@ class BtrfsBackend(EntryBackend):
                 waiting &= volumes.deleted(self.root)
         except PermissionError:
             return False
-        return not waiting
+        return not waiting and self._commits(deadline - time.monotonic())  # only then is the space free
+
+    def _commits(self, timeout: float) -> bool:
+        """Have the file system commit, in a thread of its own: it may take longer than anybody wants to wait."""
+        thread = threading.Thread(target=volumes.commit, args=(self.root,), name="btrfs commit", daemon=True)
+        thread.start()
+        thread.join(max(timeout, 0))
+        return not thread.is_alive()
+
+
+def _is_tight(folder: Path) -> bool:
+    """Is there next to nothing free? The kernel says so, too, where the metadata are what runs out."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * 20 < disk.f_blocks

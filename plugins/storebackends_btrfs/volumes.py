@@ -6,8 +6,8 @@ numbers, and entered by open folders: no link is followed and no mount entered, 
 
 The module btrfsutil does what it can. It keeps Python's lock while it waits, though, and a snapshot or a change of the
 read-only flag waits for a commit of the whole file system, which beside others' writes takes a tenth of a second and
-more: long enough to stop every log and every other build of this process. Those two calls, and the deletion by number,
-which it lacks, are made here.
+more: long enough to stop every log and every other build of this process. Those calls are made here, as is the deletion
+by number, which it lacks.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _REFUSED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.ENOTEMPTY, errno.ENOEN
 # ioctl_btrfs(2), linux/btrfs.h. The arguments: a descriptor, a flag, and at the end a name or a number.
 _SNAP_CREATE_V2, _SNAP_DESTROY_V2, _SUBVOL_SETFLAGS, _FS_INFO = 0x50009417, 0x5000943F, 0x4008941A, 0x8400941F
 _BY_NAME, _BY_NUMBER, _FLAGS = struct.Struct("=q8xQ32x4040s"), struct.Struct("=q8xQ32xQ4032x"), struct.Struct("=Q")
+_START_SYNC, _WAIT_SYNC = 0x80089418, 0x40089416
 _READ_ONLY, _SPEC_BY_ID = 1 << 1, 1 << 4
 
 
@@ -97,9 +98,12 @@ def deleted(folder: Path) -> set[int]:
     return set(btrfsutil.deleted_subvolumes(folder))
 
 
-def start_commit(folder: Path) -> None:
-    """Have the file system begin to commit, and with it to reclaim what was deleted. Does not wait for it."""
-    btrfsutil.start_sync(folder)
+def commit(folder: Path) -> None:
+    """Have the file system commit what it has. May take long."""
+    number = bytearray(8)
+    with opened(folder) as fd:
+        fcntl.ioctl(fd, _START_SYNC, number)
+        fcntl.ioctl(fd, _WAIT_SYNC, number)
 
 
 @contextmanager
