@@ -64,7 +64,7 @@ class Durability:
 
     def before_rename(self, entry: Entry, tree: Path | None, sealed_durably: bool) -> None:
         """Called with the entry finished and before it is published. Raises StoreError where the disk fails."""
-        if self._mode == "none" or (self._mode == "group" and self._descriptors):
+        if self._mode == "none" or self.marks_later:
             return
         if sealed_durably:
             _flush(entry.folder, None)  # what lies beside the tree: the log and the records
@@ -80,7 +80,7 @@ class Durability:
         """Called after the rename."""
         if self._mode == "full":
             _fsync_folder(entry.folder.parent)
-        if self._mode == "group" and self._descriptors:
+        if self.marks_later:
             with self._wake:
                 self._pending[entry.folder] = attempt
                 self._start_thread()
@@ -99,12 +99,18 @@ class Durability:
                     f"the disk below {self._results} failed to write: {reason}; look into the kernel's log"
                 )
 
+    @property
+    def marks_later(self) -> bool:
+        """Is there a time in which what was published lacks its mark?"""
+        return self._mode == "group" and bool(self._descriptors)
+
     def pending(self) -> bool:
         """Is there something published by this store object that a power cut could still cost?"""
         return bool(self._pending)
 
     def flush(self) -> None:
-        """One barrier now, then the marks of all that was published before it, whoever published that.
+        """One barrier now, then the marks of all that was published before it, whoever published that; and once this
+        returns, a power cut costs none of it.
 
         Where the disk fails, they are marked `suspect`: the kernel tells of a failure once, and drops the data it could
         not write, so that a later barrier which succeeds proves nothing for them. Raises StoreError then.
@@ -116,6 +122,8 @@ class Durability:
         finally:
             for folder, attempt in attempts.items():
                 self._mark(folder, attempt, mark)
+        if attempts:
+            self.barrier()  # for the marks: what lacks its mark after a power cut is dropped, however whole it is
 
     def close(self, flush: bool = True) -> None:
         """End the thread; unless *flush* is False, bring the last publications to the disk. Idempotent."""

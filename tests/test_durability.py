@@ -34,6 +34,23 @@ def test_group_marks_at_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @needs("syncfs")
+def test_after_a_flush_the_marks_are_on_the_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durability, "PAUSE", 3600)
+    store = open_store(backend="copy", path=tmp_path / "store")
+    store.build("a", writes(f="1")).release()
+    barrier, covered = store._durability.barrier, list[bool]()
+
+    def watched() -> None:
+        covered.append(is_marked(store.root, "a"))
+        barrier()
+
+    monkeypatch.setattr(store._durability, "barrier", watched)
+    store.close()
+
+    assert covered == [False, True]
+
+
+@needs("syncfs")
 def test_group_marks_what_earlier_processes_left(tmp_path: Path) -> None:
     with open_store(backend="copy", path=tmp_path / "store") as store:
         store.build("a", writes(f="1")).release()
