@@ -30,7 +30,7 @@ from typing import Literal, Self, get_args
 
 from .backend import Backend, CacheEntry, Size
 from .builds import Builds
-from .durability import Durability, unsynced
+from .durability import SUSPECT, Durability, unsynced
 from .errors import Busy, NotSupported, StoreError, explained
 from .following import note_waits
 from .ids import check_id, new_attempt
@@ -143,7 +143,7 @@ class Caches:
         if mode not in MODES:
             raise StoreError(f"a cache cannot be borrowed in mode {mode!r}; use {', '.join(MODES)}")
         with ExitStack() as held:
-            held.callback(_trim, self._backend, self._locks, name)
+            held.callback(_trim, self._backend, self._locks, name, self._durability.marks_later)
             if mode == "locked":
                 self._lock(name, held, cancelled)
             held.enter_context(self._locks.lease(_lent(name)))
@@ -261,7 +261,7 @@ def sweep(backend: Backend, locks: Locks) -> None:
             with lock:
                 _drop(backend, loan)
     for name in {entry.id for entry in entries}:
-        _trim(backend, locks, name)
+        _trim(backend, locks, name, marks_later=False)
 
 
 def drop_unsynced(backend: Backend, boot: str) -> None:
@@ -272,10 +272,10 @@ def drop_unsynced(backend: Backend, boot: str) -> None:
             backend.cache_drop(entry)
 
 
-def _trim(backend: Backend, locks: Locks, name: str) -> None:
-    """Drop all generations but the newest, and those that loans were cloned from."""
+def _trim(backend: Backend, locks: Locks, name: str, marks_later: bool) -> None:
+    """Drop the generations that nobody needs any more; those that loans were cloned from stay."""
     try:
-        for old in _generations(backend, name)[:-1]:
+        for old in _spent(backend, name, marks_later):
             if lock := locks.try_use(_of(old)):
                 with lock:
                     _drop(backend, old)
@@ -293,6 +293,19 @@ def _drop(backend: Backend, entry: CacheEntry) -> None:
 def _generations(backend: Backend, name: str) -> list[CacheEntry]:
     """Those of the cache, oldest first."""
     return sorted((entry for entry in backend.cache_list(name) if entry.generation), key=_number)
+
+
+def _spent(backend: Backend, name: str, marks_later: bool) -> Iterator[CacheEntry]:
+    """All but the newest and, until that bears its mark, what a power cut may leave instead.
+
+    That is the newest that is marked, and each after it: the barrier under way may be about to mark it.
+    """
+    generations = _generations(backend, name)
+    synced = max((entry.generation for entry in generations if entry.synced.exists()), default=0)
+    for entry in generations[:-1]:
+        may_be_marked = (synced or marks_later) and not (entry.folder / SUSPECT).exists()
+        if entry.generation < synced or not may_be_marked:
+            yield entry
 
 
 def _number(entry: CacheEntry | None) -> int:

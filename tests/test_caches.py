@@ -16,7 +16,19 @@ from pathlib import Path
 import pytest
 
 import storebackends
-from storebackends import BuildFailed, Busy, Cancelled, InvalidId, RecipeError, Store, StoreError, Workspace, opening
+from storebackends import (
+    BuildFailed,
+    Busy,
+    Cancelled,
+    InvalidId,
+    RecipeError,
+    Store,
+    StoreError,
+    Workspace,
+    durability,
+    open_store,
+    opening,
+)
 from storebackends.backend import CacheEntry
 from storebackends.recipe import Recipe, load
 from storebackends.steps import plan, run_recipe
@@ -81,6 +93,26 @@ def test_a_cache_is_what_was_last_given_back(store: Store) -> None:
 
     assert cached(store) == {"a": "1", "b": "2"}
     assert kept(store.root) == ["caches/c/2"]
+
+
+@needs("syncfs")
+def test_a_generation_on_the_disk_stays_until_a_newer_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut costs the newest generations, never the cache."""
+    monkeypatch.setattr(durability, "PAUSE", 3600)
+    with open_store(backend="copy", path=tmp_path / "store", durability="group") as store:
+        put(store, a="1")
+        put(store, a="2")
+        unmarked = kept(store.root)
+        store._durability.flush()
+        put(store, a="3")
+        one_marked = kept(store.root)
+        put(store, a="4")
+
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        assert cached(store) == {"a": "4"}
+        assert kept(store.root) == ["caches/c/4"]
+    assert unmarked == ["caches/c/1", "caches/c/2"]
+    assert one_marked == ["caches/c/2", "caches/c/3"]
 
 
 def test_caches_are_apart(store: Store) -> None:

@@ -130,7 +130,10 @@ class Driver:
         for room in ("in-progress", "trash", "scratch", "loans"):
             yield from (f"{room}/{name} is left" for name in os.listdir(root / room))
         for cache in (root / "caches").iterdir():
-            if len(names := os.listdir(cache)) > 1:
+            names = sorted(os.listdir(cache), key=int)
+            # The newest that is marked stays until a newer one is; without durability none is marked, nor needed.
+            synced = [name for name in names if (cache / name / "synced").exists()]
+            if names and names[0] != (synced or names)[-1]:
                 yield f"old generations of {cache.name} are left: {names}"
         yield from leftovers.below(root)
         locks = Locks(root / "locks")
