@@ -123,7 +123,7 @@ def working(host: Host, root: Path, journal: Path, seed: int) -> Iterator[None]:
     before = journal.stat().st_size if journal.exists() else 0
     facts = [str(root), host.backend, json.dumps(host.options), host.durability, host.boot, str(journal), str(seed)]
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.power.worker", *facts], stdin=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "tests.power.worker", *facts], stdin=subprocess.PIPE, start_new_session=True
     ) as running:
         try:
             until(lambda: journal.exists() and journal.stat().st_size > before)

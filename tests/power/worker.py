@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import sys
 import threading
@@ -143,7 +144,8 @@ def main(root: str, backend: str, options: str, mode: str, boot: str, journal: s
     with Host(backend, json.loads(options), mode, boot).open(Path(root)) as store:
         told("opened")
         Worker(store, told, int(seed)).work()
-        threading.Event().wait()
+        sys.stdin.read()  # until whoever started it is gone
+        os._exit(1)
 
 
 if __name__ == "__main__":
