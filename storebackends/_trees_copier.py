@@ -11,7 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeVar
+from typing import Literal
 
 assert sys.platform != "win32"  # noqa: S101 (tells the type checker to skip the rest there)
 
@@ -19,9 +19,12 @@ from ._trees_walk import NO_FOLDER, Chain, descend, identity  # noqa: E402
 from .errors import NotSupported  # noqa: E402
 
 if sys.platform == "linux":
-    import fcntl
+    from fcntl import ioctl as _ioctl
+else:
 
-T = TypeVar("T")
+    def _ioctl(fd: int, request: int, arg: int) -> int:
+        raise OSError(errno.ENOSYS, "not on this platform")
+
 
 # Not blocking, in case a file has become a pipe since it was listed.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -150,14 +153,18 @@ class Copier:
             os.close(parent)
         return True
 
-    def _replace(self, create: Callable[[], T], name: str, dst: int) -> T:
+    def _replace(self, create: Callable[[], object], name: str, dst: int) -> None:
         try:
-            return create()
+            create()
         except FileExistsError:
-            if not self._merge:
-                raise
-            os.unlink(name, dir_fd=dst)
-            return create()
+            self._make_way(name, dst)
+            create()
+
+    def _make_way(self, name: str, dst: int) -> None:
+        """Remove what has that name already, if merging is asked for."""
+        if not self._merge:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        os.unlink(name, dir_fd=dst)
 
     def _file(self, name: str, src: int, target: str, dst: Chain, root: int, foreign: bool) -> None:
         fd = os.open(name, _READ, dir_fd=src)
@@ -167,8 +174,11 @@ class Copier:
                 raise OSError(errno.ESTALE, "it became something else while it was being copied")
             if status.st_nlink > 1 and self._link_first(status, target, dst, root):
                 return
-            permissions = status.st_mode & 0o777
-            out = self._replace(lambda: os.open(target, _CREATE, permissions, dir_fd=dst.fd), target, dst.fd)
+            try:
+                out = os.open(target, _CREATE, status.st_mode & 0o777, dir_fd=dst.fd)
+            except FileExistsError:
+                self._make_way(target, dst.fd)
+                out = os.open(target, _CREATE, status.st_mode & 0o777, dir_fd=dst.fd)
             try:
                 if status.st_size and not self._share(fd, out, status.st_dev):
                     _copy_data(fd, out, status)
@@ -184,7 +194,7 @@ class Copier:
         if self._reflink == "never" or device in self._unshared:
             return False
         try:
-            _reflink(fd, out)
+            _ioctl(out, _FICLONE, fd)
         except OSError as error:
             if self._reflink == "always":
                 if error.errno in (*_NO_REFLINK, errno.EINVAL):
@@ -219,13 +229,6 @@ class Copier:
             raise NotSupported(
                 f"making the device node {name!r}", "this user may not", "copy as root, or without that node"
             ) from error
-
-
-def _reflink(fd: int, out: int) -> None:
-    if sys.platform == "linux":
-        fcntl.ioctl(out, _FICLONE, fd)
-    else:
-        raise OSError(errno.ENOSYS, "not on this platform")
 
 
 def _copy_data(fd: int, out: int, status: os.stat_result) -> None:
@@ -264,13 +267,13 @@ def _copy_range(fd: int, out: int, start: int, end: int) -> None:
 
 def _keep(source: int, dest: int, status: os.stat_result) -> None:
     """Give the open inode *dest* the metadata of *source*, whose status was taken before it was read."""
-    made, mode, changed = os.fstat(dest), stat.S_IMODE(status.st_mode), False
-    if (made.st_uid, made.st_gid) != (status.st_uid, status.st_gid):
+    made, mode, changed = os.fstat(dest), status.st_mode, False
+    if made.st_uid != status.st_uid or made.st_gid != status.st_gid:
         changed = True
         if not _chown(dest, status):
             mode &= ~_SPECIAL
-    if _copy_xattrs(source, dest) or changed or mode != stat.S_IMODE(made.st_mode):
-        os.fchmod(dest, mode)
+    if _copy_xattrs(source, dest) or changed or mode != made.st_mode:
+        os.fchmod(dest, stat.S_IMODE(mode))
     os.utime(dest, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
