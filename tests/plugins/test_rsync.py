@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,9 +17,11 @@ from storebackends import process
 from storebackends.errors import NoSpace, NotSupported, StoreError
 from storebackends.plugin import Capability
 from storebackends_rsync import RsyncOptions, probe
-from storebackends_rsync.driver import RsyncBackend
+from storebackends_rsync.driver import RsyncBackend, _kept
 from tests.capabilities import needs
 
+# Read, write and nothing for owner, group and others, and read for user 1, as acl(5) has it on disk.
+ACL = struct.pack("<I" + "HHi" * 5, 2, 1, 6, -1, 2, 4, 1, 4, 4, -1, 16, 4, -1, 32, 0, -1)
 TIME = (10**18, 10**18 + 123456789)
 MODES = ["copy", "hardlink", "hardlink_unsafe"]
 
@@ -129,6 +132,41 @@ def test_every_clone_keeps_all_times_to_the_nanosecond(tmp_path: Path, mode: str
     child = publish(backend, "child", {}, base="base")
 
     assert {name: (child / name).lstat().st_mtime_ns for name in times} == times
+
+
+@needs("xattrs", "acls")
+def test_a_copy_looks_for_holes_and_attributes_where_there_are_any(tmp_path: Path) -> None:
+    folder, parent = tmp_path / "tree" / "folder", tmp_path / "parent"
+    folder.mkdir(parents=True)
+    parent.mkdir()
+    (folder / "file").write_bytes(b"x" * 5000)
+    (folder / "link").symlink_to("nowhere")
+    plain = _kept(tmp_path / "tree", parent)
+    with open(folder / "sparse", "wb") as file:
+        file.truncate(1 << 20)
+    sparse = _kept(tmp_path / "tree", parent)
+    if sys.platform == "linux":
+        os.setxattr(folder, "user.mark", b"1")
+    both = _kept(tmp_path / "tree", parent)
+    (folder / "sparse").unlink()
+    attributes = _kept(tmp_path / "tree", parent)
+
+    assert (plain, sparse, both, attributes) == (set(), {"-S"}, {"-S", "-AX"}, {"-AX"})
+    assert _kept(tmp_path / "missing", parent) == {"-S", "-AX"}
+
+
+@needs("rsync", "acls")
+def test_a_copy_inherits_nothing_from_a_default_acl_of_the_store(tmp_path: Path) -> None:
+    backend = opened(tmp_path / "store")
+    base = publish(backend, "base", {"file": b"x"})
+    if sys.platform == "linux":
+        os.setxattr(backend.in_progress, "system.posix_acl_default", ACL)
+
+    child = publish(backend, "child", {}, base="base")
+
+    if sys.platform == "linux":
+        assert os.listxattr(child / "file") == os.listxattr(child) == []
+    assert (child / "file").stat().st_mode == (base / "file").stat().st_mode
 
 
 @needs("rsync")
