@@ -59,7 +59,7 @@ class Copier:
         """Copy *name*, no folder, of the folder *source* to *target* in the folder *dest*."""
         with Chain(dest) as dst:
             is_file = stat.S_ISREG(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode)
-            self._copy(name, source, target, dst, dest, is_file=is_file, foreign=True)
+            self._copy(name, source, target, dst, dest, is_file, True)
 
     def _tree(self, root: int, src: Chain, dst: Chain) -> None:
         todo = [self._begin(root, src, dst, made=not self._merge)]
@@ -87,14 +87,14 @@ class Copier:
         if made:
             drop_acls(dst.fd)
             os.fchmod(dst.fd, 0o700)  # a default ACL of the parent may have taken the owner's right to write
-        folders = []
-        with os.scandir(src.fd) as entries:
+        folders, source = [], src.fd
+        with os.scandir(source) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.name)
                 else:
-                    is_file = entry.is_file(follow_symlinks=False)
-                    self._copy(entry.name, src.fd, entry.name, dst, root, is_file=is_file, foreign=not made)
+                    name, is_file = entry.name, entry.is_file(follow_symlinks=False)
+                    self._copy(name, source, name, dst, root, is_file, not made)
         return status, folders
 
     def _mkdir(self, name: str, dst: int) -> bool:
@@ -115,7 +115,7 @@ class Copier:
                 raise
             raise OSError(error.errno, "a link or a file is where a folder is needed", name) from error
 
-    def _copy(self, name: str, src: int, target: str, dst: Chain, root: int, *, is_file: bool, foreign: bool) -> None:
+    def _copy(self, name: str, src: int, target: str, dst: Chain, root: int, is_file: bool, foreign: bool) -> None:
         """Copy anything but a folder. A *foreign* folder may have a default ACL, which is not ours to inherit."""
         try:
             if self._linking and self._link(name, src, target, dst.fd):
@@ -174,11 +174,12 @@ class Copier:
                 raise OSError(errno.ESTALE, "it became something else while it was being copied")
             if status.st_nlink > 1 and self._link_first(status, target, dst, root):
                 return
+            permissions, into = status.st_mode & 0o777, dst.fd
             try:
-                out = os.open(target, _CREATE, status.st_mode & 0o777, dir_fd=dst.fd)
+                out = os.open(target, _CREATE, permissions, dir_fd=into)
             except FileExistsError:
-                self._make_way(target, dst.fd)
-                out = os.open(target, _CREATE, status.st_mode & 0o777, dir_fd=dst.fd)
+                self._make_way(target, into)
+                out = os.open(target, _CREATE, permissions, dir_fd=into)
             try:
                 if status.st_size and not self._share(fd, out, status.st_dev):
                     _copy_data(fd, out, status)
@@ -267,12 +268,11 @@ def _copy_range(fd: int, out: int, start: int, end: int) -> None:
 
 def _keep(source: int, dest: int, status: os.stat_result) -> None:
     """Give the open inode *dest* the metadata of *source*, whose status was taken before it was read."""
-    made, mode, changed = os.fstat(dest), status.st_mode, False
-    if made.st_uid != status.st_uid or made.st_gid != status.st_gid:
-        changed = True
-        if not _chown(dest, status):
-            mode &= ~_SPECIAL
-    if _copy_xattrs(source, dest) or changed or mode != made.st_mode:
+    made, mode = os.fstat(dest), status.st_mode
+    is_ours = made.st_uid == status.st_uid and made.st_gid == status.st_gid
+    if not is_ours and not _chown(dest, status):
+        mode &= ~_SPECIAL
+    if _copy_xattrs(source, dest) or not is_ours or mode != made.st_mode:
         os.fchmod(dest, stat.S_IMODE(mode))
     os.utime(dest, ns=(status.st_atime_ns, status.st_mtime_ns))
 

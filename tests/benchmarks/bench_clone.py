@@ -21,7 +21,7 @@ from tests.capabilities import MIB, look, loop_fs
 
 from .harness import Case, scratch, seconds
 
-ROUNDS = {1000: 21, 10_000: 9}
+ROUNDS = {1000: 15, 10_000: 5}
 SIZES = (0, 500, 3000, 10_000, 60_000)
 FOLDER = 40  # files in each
 
