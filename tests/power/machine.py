@@ -35,6 +35,7 @@ class Machine:
 
     def __init__(self, kind: str, ground: Path) -> None:
         """Format a disk with an ext4, xfs or btrfs, on the XFS *ground*."""
+        self._options = "loop,nouuid" if kind == "xfs" else "loop"
         with loop_fs("xfs", ground, 1024 * MIB) as self._cache, loop_fs(kind, self._cache, 512 * MIB) as self._disk:
             pass
 
@@ -42,8 +43,9 @@ class Machine:
     def boot(self) -> Iterator[Path]:
         """Its disk, mounted; afterwards what the last cut() left takes its place. Nothing may use it any more then."""
         kept = self._cache.parent / _CUT
-        with mounted(self._cache, "-o", "loop", self._cache.parent / "image"):
-            with mounted(self._disk, "-o", "loop", self._disk.parent / "image"):
+        # The same XFS again is refused for as long as anybody, say a container made meanwhile, has the one before.
+        with mounted(self._cache, "-o", "loop,nouuid", self._cache.parent / "image"):
+            with mounted(self._disk, "-o", self._options, self._disk.parent / "image"):
                 yield self._disk
             _take(self._disk.parent)
         _take(kept.parent)
