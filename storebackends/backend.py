@@ -49,6 +49,7 @@ class Capability(enum.StrEnum):
     SPARSE = "sparse"
     XATTRS = "xattrs"
     ACLS = "acls"
+    CONTAINED = "contained"  # a command runs in a container, where the tree is at a path that never changes
     FIFOS = "fifos"
     DEVICES = "devices"
 
@@ -193,6 +194,9 @@ class Backend(ABC):
     rooms: frozenset[str] = frozenset()
     """The names of what this backend keeps in the store's folder beside what every store has."""
 
+    home: str | None = None
+    """What a command has for HOME and TMPDIR, where it runs with other folders than this host's."""
+
     def __init__(self, root: Path, options: Any, uuid: str) -> None:
         """*root* is the store's folder, *uuid* the store's own: it goes into the name of every outside resource."""
         self.root, self.options, self.uuid = root, options, uuid
@@ -322,8 +326,19 @@ class Backend(ABC):
         followed. Raises StoreError for a *dest* outside the tree.
         """
 
+    def import_image(self, entry: Entry, image: str) -> None:
+        """Fill a build's empty tree with what an image of a container runtime holds; nothing of it is run.
+
+        Raises NotSupported where the backend knows of no images, StoreError where there is no such one.
+        """
+        raise NotSupported(f"taking the image {image!r}", "this backend has none", "import a folder or an archive")
+
     def sync_paths(self) -> Sequence[Path]:
-        """A folder on each file system that a tree's data is written to, for the durability barrier."""
+        """A folder on each file system that a tree's data is written to, for the durability barrier.
+
+        Asked only of a store that a power cut may not cost. Raises NotSupported where the data cannot be brought to
+        the disk from here, so that the store has to be one of durability "none".
+        """
         return (self.root,)
 
 

@@ -22,7 +22,7 @@ from heapq import heapify, heappop, heappush
 
 from .backend import Backend, Size, Usage
 from .durability import Durability
-from .errors import Busy, ConfigError, NotFound, StoreError
+from .errors import Busy, ConfigError, NotFound, NotSupported, StoreError
 from .index import Index, Row
 
 log = logging.getLogger(__name__)
@@ -373,7 +373,11 @@ class Pruning:
 
     def _commit(self) -> None:
         """Btrfs gives space back with its next transaction only."""
-        durability = Durability("group", self._backend.sync_paths(), self._backend.root / "result")
+        try:
+            paths = self._backend.sync_paths()
+        except NotSupported:
+            return  # then it is no file system of this host that the space is on
+        durability = Durability("group", paths, self._backend.root / "result")
         try:
             durability.barrier()
         except StoreError as error:

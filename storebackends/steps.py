@@ -106,7 +106,8 @@ def run_recipe(
 
 def _plan(store: Store, recipe: Recipe, targets: Sequence[str], leases: ExitStack) -> Sequence[Planned]:
     # Bubblewrap needs the tree on this host; a backend that keeps it elsewhere has its own way of running a command.
-    kind = sandbox.choose(recipe.sandbox) if Capability.HOST_TREE in store.capabilities else "host"
+    on_host = Capability.HOST_TREE in store.capabilities and Capability.CONTAINED not in store.capabilities
+    kind = sandbox.choose(recipe.sandbox) if on_host else "host"
     planner = _Planner(store, recipe, kind, leases)
     for step in recipe.needed(targets):
         planner.add(step)

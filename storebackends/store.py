@@ -50,7 +50,8 @@ class Store:
     ) -> None:
         self._root, self._marker, self._backend, self._locks, self._failures = root, marker, backend, locks, failures
         self._presence = presence  # the store's lock, shared: nobody may have the store for itself alone
-        self._durability = Durability(marker.durability, backend.sync_paths(), root / "result")
+        paths = [] if marker.durability == "none" else backend.sync_paths()
+        self._durability = Durability(marker.durability, paths, root / "result")
         try:
             self._index = Index(root, root / "result")
         except BaseException:
@@ -58,7 +59,8 @@ class Store:
             raise
         self._builds = Builds(root, partial(locked_by, backend, locks))
         self._caches = Caches(backend, locks, self._durability, marker.boot, self._builds)
-        self._detach_barrier = detach_barrier
+        # A process that opens the root alone knows no other file system.
+        self._detach_barrier = detach_barrier if set(paths) <= {root} else None
         self.prune_policy: Policy | None = None
         """What prune() goes by where it is not told; with a min_free, builds prune first where less is free."""
         self._low_water = LowWater()

@@ -70,6 +70,14 @@ class Workspace:
         self._check()
         self._backend.copy_in(self._entry, Path(source), dest)
 
+    def import_image(self, image: str) -> None:
+        """Fill the tree, still empty, with what an image of a container runtime holds, where the backend has images.
+
+        Raises NotSupported, or StoreError where there is no such image.
+        """
+        self._check()
+        self._backend.import_image(self._entry, image)
+
     def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Path:
         """Borrow a private copy of a cache, a folder outside the tree, until the function returns; see Store.cache().
 
@@ -164,6 +172,9 @@ class Workspace:
     @contextmanager
     def _homes(self, user: str | int | None) -> Iterator[tuple[str, str]]:
         """HOME and TMPDIR of a command."""
+        if inside := self._backend.home:
+            yield inside, inside
+            return
         if user is None:
             home, tmp = self.scratch / "home", self.scratch / "tmp"
             home.mkdir(exist_ok=True)

@@ -348,6 +348,14 @@ def _rsync() -> None:
         raise OSError("rsync is older than 3.1")
 
 
+@probe("docker", "apt-get install docker.io busybox-static, and allow what a Docker daemon does", root=True)
+def _docker() -> None:
+    from tests.dockerd import IMAGE, dockerd  # it stands on this module
+
+    with dockerd() as daemon:
+        daemon("run", "--rm", "--network", "none", IMAGE, "true")
+
+
 @probe("source", "run the tests in a checkout")
 def _source() -> None:
     if not (PROJECT / "storebackends" / "__init__.py").exists():

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import capabilities, leftovers
 from tests.containerd import Daemon, running
+from tests.dockerd import Dockerd, dockerd
 
 # One seed for all that is random here, Hypothesis included; the header shows it.
 SEED = int(os.environ.get("STOREBACKENDS_SEED") or random.SystemRandom().getrandbits(32))
@@ -40,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     share, shares = map(int, os.environ.get("STOREBACKENDS_SHARE", "1/1").split("/"))  # of a run in several machines
     items[:] = items[share - 1 :: shares]
     for item in items:
-        mounts = {"loop_fs", "small_tmpfs"} & set(getattr(item, "fixturenames", ()))
+        mounts = {"loop_fs", "overlay2", "small_tmpfs", "vfs"} & set(getattr(item, "fixturenames", ()))
         if mounts or any(capabilities.root_only(name) for name in _needs(item)):
             item.add_marker("root")
 
@@ -126,3 +127,18 @@ def _daemons(request: pytest.FixtureRequest) -> None:
     """What needs a containerd finds it running."""
     if "containerd" in _needs(request.node):
         request.getfixturevalue("containerd")
+
+
+def overlay2(_nothing_left_behind: None) -> Iterator[Dockerd]:
+    """A Docker daemon with that storage driver, one for all tests."""
+    capabilities.require("docker")
+    with dockerd("overlay2") as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def vfs(_nothing_left_behind: None) -> Iterator[Dockerd]:
+    """As overlay2, with the driver that copies whatever it mounts."""
+    capabilities.require("docker")
+    with dockerd("vfs") as daemon:
+        yield daemon

@@ -178,9 +178,10 @@ def _digest(store: Store, base: str | None, command: tuple[str, ...]) -> str:
         "storebackends import rootfs.tar.gz --id debian-12",
         "docker export box | storebackends import - --id box",
         "storebackends import ./rootfs --id local",
+        "storebackends --store docker import debian:12 --id debian-12",
     ),
 )
-@click.argument("source", metavar="DIR|TAR", type=FilePath(exists=True, allow_dash=True))
+@click.argument("source", metavar="DIR|TAR|IMAGE", type=FilePath(allow_dash=True))
 @click.option("--id", metavar="ID", required=True, help="Keep the tree under this id.")
 @quiet
 @as_json
@@ -188,7 +189,8 @@ def _digest(store: Store, base: str | None, command: tuple[str, ...]) -> str:
 def import_(store: Store, source: Path, id: str, quiet: bool, as_json: bool) -> None:
     """Make a first base: a copy of the folder DIR, or what the archive TAR holds ("-": from standard input).
 
-    The archive may be packed by gzip, bzip2 or xz. One with members that would lie outside the tree is refused.
+    The archive may be packed by gzip, bzip2 or xz. One with members that would lie outside the tree is refused. What is
+    neither is an IMAGE, which stores of some backends take.
     """
     from storebackends.importing import fill, unpack
 
@@ -196,8 +198,11 @@ def import_(store: Store, source: Path, id: str, quiet: bool, as_json: bool) -> 
         if str(source) == "-":
             with open(0, "rb", closefd=False) as stdin:
                 unpack(work, stdin, "standard input")
-        else:
+        elif source.exists():
             fill(work, source)
+        else:
+            work.log.write(f"there is no file {source}, so it is taken for an image\n".encode(errors="surrogateescape"))
+            work.import_image(source.as_posix())
 
     if _build_one(store, id, fn, None, quiet, as_json) != "built":
         reason = f"{id!r} was there already, and nothing was imported"

@@ -181,3 +181,10 @@ class TestImport:
 
         assert f"{host.config} is damaged or cut short" in said.err
         assert host("ls").out == ""
+
+    def test_of_what_is_no_file_asks_the_backend_for_an_image(self, host: Host) -> None:
+        said = host("import", "debian:12", "--id", "base", code=1)
+
+        assert "taking the image 'debian:12' is not possible here: this backend has none" in said.err
+        assert "there is no file debian:12" in host("log", "base").out
+        assert host("ls").out == ""
