@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.capabilities import run
 
 IMAGE = "storebackends-tests"
-_APPLETS = "sh cat cp df env false find kill ln ls mkdir mv pwd rm sleep stat tar touch true wc"
+_APPLETS = "sh cat cp df env false find id kill ln ls mkdir mv pwd rm sleep stat tar touch true wc"
 _PATIENCE = 60.0
 _OFF = ("iptables=false", "ip6tables=false", "ip-forward=false", "ip-masq=false", "bridge=none", "userland-proxy=false")
 

@@ -22,7 +22,8 @@ class DockerOptions(Options):
 
     image: Word | None = None
     """An image of the daemon. Where it is given, a build's commands run in containers of it, with the tree at /build.
-    Where this host cannot read the volumes, they are also copied there, so it must have sh, cp, cat and df."""
+    Where this host cannot read the volumes, they are also copied there, so it must have sh, cp, cat, find
+    and df."""
 
     access: Literal["auto", "host", "container"] = "auto"
     """How trees are reached: as folders of this host, or through containers of *image* only; "auto": the first where

@@ -86,7 +86,7 @@ class DockerBackend(EntryBackend):
 
     def clone(self, source: Entry | None, entry: Entry) -> None:
         """Copy the tree on this host, or in a container that first makes sure of the base."""
-        base = self._recorded(source) if source else None
+        base = (source.id, self._recorded(source)) if source else None
         tree = _Tree(self._daemon.volume(entry.attempt), entry.attempt)
         _save(tree, entry.tree_record)
         self._daemon.create_volume(entry.attempt)
@@ -316,21 +316,25 @@ class DockerBackend(EntryBackend):
 
     # Inside: copying.
 
-    def _clone_here(self, base: _Tree | None, tree: _Tree) -> None:
+    def _clone_here(self, base: tuple[str, _Tree] | None, tree: _Tree) -> None:
         point = self._mount_point(tree.volume)
         if base is None:
             trees.create(point / "rootfs")
         else:
-            self._check(base, base.volume)
-            trees.copy(self._mount_point(base.volume) / "rootfs", point / "rootfs")
+            id, source = base
+            self._check(source, id)
+            trees.copy(self._mount_point(source.volume) / "rootfs", point / "rootfs")
         (point / "nonce").write_text(tree.attempt)
 
-    def _clone_inside(self, base: _Tree | None, tree: _Tree) -> None:
-        mounts = [*mount(base.volume, self._system.base, "readonly")] if base else []
-        mounts += mount(tree.volume, self._system.new)
-        script = self._system.clone(tree.attempt, base.attempt if base else None)
+    def _clone_inside(self, base: tuple[str, _Tree] | None, tree: _Tree) -> None:
+        mounts = list(mount(tree.volume, self._system.new))
+        script = self._system.clone(tree.attempt, None)
+        if base:
+            id, source = base
+            mounts += mount(source.volume, self._system.base, "readonly")
+            script = self._system.clone(tree.attempt, source.attempt)
         if self._help(mounts, tree.volume, script, ok=(0, GONE)).returncode == GONE and base:
-            raise self._gone(base, base.volume)
+            raise self._gone(source, id)
 
     # Inside: containers.
 

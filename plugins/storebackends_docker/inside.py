@@ -29,18 +29,39 @@ _ENTER = """
 set -e
 enter() {
     if [ -L "./$1" ]; then echo "$1 is a link" >&2; exit 65; fi
-    [ -d "./$1" ] || { mkdir "./$1"; chmod 755 "./$1"; }
+    if [ ! -d "./$1" ]; then mkdir "./$1" || exit 65; chmod 755 "./$1"; fi
     cd -P "./$1"
 }
 cd /build
 """
-_FILL = f"""{_ENTER}
-last=$1
+# What is in the way goes first: cp would write into an old file, which may have other names. A folder comes before what
+# is in it, so no link is followed.
+_CLEAR = """
+top=$1
 shift
+for it; do
+    if [ -d "$it" ] && [ ! -L "$it" ]; then
+        if [ -L "$top/$it" ] || { [ -e "$top/$it" ] && [ ! -d "$top/$it" ]; }; then
+            echo "$it is no folder there" >&2
+            exit 65
+        fi
+    elif [ -d "$top/$it" ] && [ ! -L "$top/$it" ]; then
+        echo "$it is a folder there" >&2
+        exit 65
+    else
+        rm -f "$top/$it"
+    fi
+done
+"""
+_FILL = f"""{_ENTER}
+clear=$1
+last=$2
+shift 2
 for part; do enter "$part"; done
 if [ -d /copied ] && [ ! -L /copied ]; then
     [ -z "$last" ] || enter "$last"
-    cp -a --remove-destination /copied/. .
+    (top=$PWD && cd /copied && find . -exec sh -c "$clear" sh "$top" {{}} +) || exit 65
+    cp -a /copied/. .
 else
     if [ -z "$last" ] || {{ [ -d "./$last" ] && [ ! -L "./$last" ]; }}; then echo "a folder is there" >&2; exit 65; fi
     rm -f "./$last"
@@ -98,7 +119,7 @@ class Linux:
 
     def fill(self, parts: Sequence[str]) -> Script:
         """Move what lies at /copied to the path *parts* in the tree."""
-        return _sh(_FILL, parts[-1] if parts else "", *parts[:-1])
+        return _sh(_FILL, _CLEAR, parts[-1] if parts else "", *parts[:-1])
 
     def run(self, argv: Sequence[str], parts: Sequence[str]) -> Script:
         """Run a command in the folder *parts* of the tree, reached through folders alone."""

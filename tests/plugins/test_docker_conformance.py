@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,15 +18,25 @@ pytestmark = [needs("docker"), pytest.mark.slow]
 
 class Docker(BackendConformance):
     name = "docker"
-    more: Mapping[str, Any] = {}
-    daemon: Dockerd
+    fixed: ClassVar[Mapping[str, Any]] = {}
 
-    def leftovers(self, root):
-        return super().leftovers(root)
+    @pytest.fixture
+    def daemon(self, overlay2: Dockerd) -> Dockerd:
+        return overlay2
+
+    @pytest.fixture(autouse=True)
+    def _use(self, daemon: Dockerd) -> None:
+        self._dockerd = daemon
+        type(self).options = {"host": daemon.host, **self.fixed}
+
+    def leftovers(self, root: Path) -> list[str]:
+        """Also the containers, and the volumes but those of what is kept."""
+        kept = [*root.glob("result/*/tree.json"), *root.glob("caches/*/*/tree.json")]
+        named = {json.loads(path.read_bytes())["volume"] for path in kept}
+        uuid = json.loads((root / "store.json").read_bytes())["uuid"]
+        there = {*self._dockerd.volumes(), *self._dockerd.containers()}
+        return super().leftovers(root) + sorted(name for name in there - named if uuid in name)
 
 
 class TestOnTheHost(Docker):
-    @pytest.fixture(autouse=True)
-    def _daemon(self, overlay2: Dockerd) -> None:
-        self.daemon = overlay2
-        self.options = {"host": overlay2.host}
+    fixed: ClassVar = {"access": "host"}
