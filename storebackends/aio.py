@@ -207,6 +207,10 @@ class AsyncWorkspace:
         """See Workspace.copy_in()."""
         await _in_thread(partial(self.sync.copy_in, source, dest), pool=self._pool)
 
+    async def import_image(self, image: str) -> None:
+        """See Workspace.import_image()."""
+        await _in_thread(partial(self.sync.import_image, image), pool=self._pool)
+
     async def cache(self, name: str, mode: Mode = "shared", owner: tuple[int, int] | None = None) -> Path:
         """See Workspace.cache()."""
         async with self._borrowing:  # the workspace borrows for one thread at a time

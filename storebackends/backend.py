@@ -49,7 +49,6 @@ class Capability(enum.StrEnum):
     SPARSE = "sparse"
     XATTRS = "xattrs"
     ACLS = "acls"
-    CONTAINED = "contained"  # a command runs in a container, where the tree is at a path that never changes
     FIFOS = "fifos"
     DEVICES = "devices"
 
@@ -194,6 +193,8 @@ class Backend(ABC):
     rooms: frozenset[str] = frozenset()
     """The names of what this backend keeps in the store's folder beside what every store has."""
 
+    contained: bool = False
+    """Do commands run in a container, where the tree is at a path that never changes? Then no sandbox is put in it."""
     home: str | None = None
     """What a command has for HOME and TMPDIR, where it runs with other folders than this host's."""
 

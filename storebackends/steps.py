@@ -106,7 +106,7 @@ def run_recipe(
 
 def _plan(store: Store, recipe: Recipe, targets: Sequence[str], leases: ExitStack) -> Sequence[Planned]:
     # Bubblewrap needs the tree on this host; a backend that keeps it elsewhere has its own way of running a command.
-    on_host = Capability.HOST_TREE in store.capabilities and Capability.CONTAINED not in store.capabilities
+    on_host = Capability.HOST_TREE in store.capabilities and not store.contained
     kind = sandbox.choose(recipe.sandbox) if on_host else "host"
     planner = _Planner(store, recipe, kind, leases)
     for step in recipe.needed(targets):
@@ -224,7 +224,7 @@ class _Run:
             self._copy(work, copy, digest, started_ns)
         if planned.step.commands:
             self._run(work, planned)
-        if planned.sandbox == "host" and Capability.HOST_TREE in self._store.capabilities:
+        if planned.sandbox == "host" and Capability.HOST_TREE in self._store.capabilities and not self._store.contained:
             # A second earlier: the clock of a file system lags behind ours.
             warnings += _warnings(planned.step, naming(work.path, work.path, started_ns - 10**9))
 

@@ -113,6 +113,11 @@ class Store:
         """What the trees of this store can hold or do."""
         return self._backend.capabilities
 
+    @property
+    def contained(self) -> bool:
+        """Do the commands of builds run in containers of the backend's?"""
+        return self._backend.contained
+
     def build(self, id: str, fn: Function, base: str | None = None) -> Result:
         """Return the result of *id*; where there is none, run *fn* in this thread on a clone of *base*, and publish.
 

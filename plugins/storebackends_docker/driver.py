@@ -249,13 +249,13 @@ class DockerBackend(EntryBackend):
                 self._before, _, self._after = point.partition(probe)
                 self._system: System = Windows() if PureWindowsPath(point).drive else Linux()
                 self._here = self._can_read(Path(point))
-                inside = {Capability.CONTAINED} if self.options.image else set()
-                self.capabilities = (trees.capabilities(Path(point)) if self._here else _COPIED) | inside
+                self.capabilities = trees.capabilities(Path(point)) if self._here else _COPIED
             except StoreError as error:
                 vanished = error
                 if isinstance(error, NotSupported) or probe in self._daemon.volumes():
                     raise
             else:
+                self.contained = self.options.image is not None
                 self.home = self._system.home if self.options.image else None
                 return
             finally:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,9 +20,10 @@ from storebackends.config import validate_options
 from storebackends.durability import boot_id
 from storebackends.ids import new_attempt
 from storebackends.marker import prepare
+from storebackends.process import Cancel, run
 from storebackends.registry import Registry
 from storebackends.store import Store
-from storebackends.workspace import Workspace
+from storebackends.workspace import PATH, Workspace
 
 PATIENCE = 60.0
 """Seconds until a thread that should have come is given up."""
@@ -133,10 +137,13 @@ def contents(tree: Path) -> dict[str, bytes]:
 
 
 def filled(backend: Backend, id: str, files: Files, base: str | None = None) -> Entry:
-    """Begin a build of *id* and write *files* into its tree."""
-    _require_host_tree(backend.capabilities)
+    """Begin a build of *id* and write *files* into its tree, or copy them in where that is no folder of this host."""
     entry = backend.build(id, base, new_attempt())
-    write(backend.tree(entry), files)
+    if Capability.HOST_TREE in backend.capabilities:
+        write(backend.tree(entry), files)
+    elif files:
+        with _folder(files) as folder:
+            backend.copy_in(entry, folder, ".")
     return entry
 
 
@@ -146,24 +153,67 @@ def publish(backend: Backend, id: str, files: Files, base: str | None = None) ->
     return backend.rename(id)
 
 
+@contextmanager
+def seen(backend: Backend, entry: Entry) -> Iterator[Path]:
+    """The tree of a build; where that is no folder of this host, a copy, as a `tar` that runs there has it."""
+    if Capability.HOST_TREE in backend.capabilities:
+        yield backend.tree(entry)
+        return
+    command = backend.command(entry, ["tar", "-cf", "-", "."], {"PATH": PATH}, None)
+    ended = run(command, output=lambda _: None, cancelled=Cancel(), capture=True)
+    assert ended.returncode == 0
+    # The trees are the cases' own. Older versions of Python know of no filter.
+    options: Any = {"filter": "fully_trusted"} if hasattr(tarfile, "fully_trusted_filter") else {}
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(ended.stdout)) as archive:
+        archive.extractall(folder, numeric_owner=True, **options)  # noqa: S202
+        yield Path(folder)
+
+
+@contextmanager
+def shown(backend: Backend, id: str) -> Iterator[Path]:
+    """The tree of a result; where view() has none, that of a build on it."""
+    if Capability.HOST_TREE in backend.capabilities:
+        with backend.view(id) as tree:
+            yield tree
+        return
+    entry = backend.build(f"look-{new_attempt()}", id, new_attempt())
+    try:
+        with seen(backend, entry) as tree:
+            yield tree
+    finally:
+        backend.discard(entry.id, entry.attempt)
+
+
 def result(backend: Backend, id: str) -> dict[str, bytes] | None:
     """The files of the result *id*; None where there is none."""
     if backend.result(id) is None:
         return None
-    with backend.view(id) as tree:
+    with shown(backend, id) as tree:
         return contents(tree)
 
 
 def fill(store: Store, files: Files) -> Callable[[Workspace], None]:
     """Return a function for a build in *store* that writes *files*, and their names to the log."""
-    _require_host_tree(store.capabilities)
 
     def function(work: Workspace) -> None:
-        write(work.path, files)
+        put(store, work, files)
         work.log.write("".join(f"{name}\n" for name in files).encode())
 
     return function
 
 
-def _require_host_tree(capabilities: frozenset[Capability]) -> None:
-    require(Capability.HOST_TREE in capabilities, f"the capability {Capability.HOST_TREE.value!r}")
+def put(store: Store, work: Workspace, files: Files) -> None:
+    """Write *files* into the tree, or copy them in."""
+    if Capability.HOST_TREE in store.capabilities:
+        write(work.path, files)
+    elif files:
+        with _folder(files) as folder:
+            work.copy_in(folder, ".")
+
+
+@contextmanager
+def _folder(files: Files) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # noqa: S103 (the tree's own mode, which it becomes)
+        write(Path(folder), files)
+        yield Path(folder)

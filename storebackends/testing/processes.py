@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from storebackends.backend import Capability
 from storebackends.errors import BuilderDied, BuildFailed, Busy, NoSpace
 from storebackends.log import BuildLog
 from storebackends.store import Store
 from storebackends.workspace import Workspace
 
-from .harness import PATIENCE, Harness, contents, fill, require, write
+from .harness import PATIENCE, Files, Harness, fill, put, require
+from .harness import result as tree_result
 
 LINE = b"0123456789abcdef"
 PROCESSES = 4
@@ -92,6 +94,7 @@ class Processes(Harness):
 
     def test_of_a_killed_builder_one_waiter_takes_over(self, root: Path, area: Path) -> None:
         """Case 36: while its command runs, and a forked child of it lives on with all that it inherited."""
+        require(Capability.HOST_TREE in self.capabilities, "the capability 'host_tree'")
         self.open_store(root).close()
         builder = self._elsewhere(area, "builder", lambda: self._build(root, area, LINE, forks=True))
         _await(area / "begun")
@@ -108,8 +111,8 @@ class Processes(Harness):
         assert (area / "runs").read_bytes() == b"xx"
         assert [outcome for outcome, _, _ in said].count("built") == 1
         assert len({attempt for _, attempt, _ in said}) == 1
-        with self.open_store(root) as store, store.use("id") as result:
-            assert contents(result.path) == {"file": b"whole"}
+        with self.open_store(root) as store, store.use("id"):
+            assert tree_of(store, "id") == {"file": b"whole"}
         assert self.leftovers(root) == []
 
     def test_deletions_beside_builds_take_nothing_that_is_in_use(self, root: Path, area: Path) -> None:
@@ -129,8 +132,8 @@ class Processes(Harness):
             assert [kept.id for kept in plan.kept] == ["base"]
             (area / "go").touch()
             builder.join()
-            with store.use("id") as result:
-                assert contents(result.path) == {"base": b"base", "file": b"whole"}
+            with store.use("id"):
+                assert tree_of(store, "id") == {"base": b"base", "file": b"whole"}
                 assert store.prune(all=True).steps == ()
             assert [step.id for step in store.prune(all=True).steps] == ["id", "base"]
 
@@ -144,7 +147,7 @@ class Processes(Harness):
                     with store.build("base", fill(store, {"base": b"base"})):
                         files = {str(number): b"new"}
                         with store.build(f"id-{number}", fill(store, files), base="base") as result:
-                            assert contents(result.path) == {"base": b"base"} | files
+                            assert tree_of(store, result.id) == {"base": b"base"} | files
             finally:
                 over.set()
             pruner.result(PATIENCE)
@@ -172,8 +175,8 @@ class Processes(Harness):
             assert store.result("id") is None, verb
             assert store.running() == []
             assert self.leftovers(root) == [], verb
-        with store.build("id", fill(store, {"file": b"whole"}), base="base") as result:
-            assert contents(result.path) == {"base": b"base", "file": b"whole"}
+        with store.build("id", fill(store, {"file": b"whole"}), base="base"):
+            assert tree_of(store, "id") == {"base": b"base", "file": b"whole"}
 
     def _elsewhere(self, area: Path, name: str, action: Callable[[], str]) -> _Process:
         """Run *action* in a process of its own; it has to end once there is the file `go`."""
@@ -205,7 +208,7 @@ class Processes(Harness):
             work.log.write(text)
             if fails:
                 raise ValueError("meant to fail")
-            write(work.path, {"file": b"whole"})
+            put(store, work, {"file": b"whole"})
 
         with self.open_store(root) as store, store.build("id", function, base=base) as result:
             return json.dumps([result.outcome, result.attempt, b"".join(result.log.tail()).decode()])
@@ -256,6 +259,11 @@ def _fork_and_run(work: Workspace, area: Path) -> None:
                 _await(area / "go")
             os._exit(0)
         work.run(["sh", "-c", ': >"$1"; exec sleep 600', "sh", str(area / "forked")])
+
+
+def tree_of(store: Store, id: str) -> Files | None:
+    """The files of a result."""
+    return tree_result(store._backend, id)
 
 
 def _prune_until(store: Store, over: threading.Event) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from storebackends.testing import BackendConformance
 from tests.capabilities import needs
-from tests.dockerd import Dockerd
+from tests.dockerd import IMAGE, Dockerd
 
 pytestmark = [needs("docker"), pytest.mark.slow]
 
@@ -40,3 +40,13 @@ class Docker(BackendConformance):
 
 class TestOnTheHost(Docker):
     fixed: ClassVar = {"access": "host"}
+
+
+class TestThroughContainers(Docker):
+    """On vfs, which copies an image's whole tree for each container."""
+
+    fixed: ClassVar = {"access": "container", "image": IMAGE}
+
+    @pytest.fixture
+    def daemon(self, vfs: Dockerd) -> Dockerd:
+        return vfs
