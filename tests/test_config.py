@@ -107,6 +107,7 @@ def test_a_backend_that_knows_where_its_store_is_needs_no_path(write: Write, tmp
         path = "/ABS/elsewhere"
     """)
     own, elsewhere = (load(file).stores[name] for name in ("own", "elsewhere"))
+    assert own.spec
     asking = replace(own, spec=replace(own.spec, folder=lambda options: tmp_path / options.dataset))
 
     assert own.path is None

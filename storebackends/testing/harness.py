@@ -20,10 +20,10 @@ from storebackends.config import validate_options
 from storebackends.durability import boot_id
 from storebackends.ids import new_attempt
 from storebackends.marker import prepare
-from storebackends.process import Cancel, run
+from storebackends.process import Cancel, environment, run
 from storebackends.registry import Registry
 from storebackends.store import Store
-from storebackends.workspace import PATH, Workspace
+from storebackends.workspace import Workspace
 
 PATIENCE = 60.0
 """Seconds until a thread that should have come is given up."""
@@ -159,7 +159,7 @@ def seen(backend: Backend, entry: Entry) -> Iterator[Path]:
     if Capability.HOST_TREE in backend.capabilities:
         yield backend.tree(entry)
         return
-    command = backend.command(entry, ["tar", "-cf", "-", "."], {"PATH": PATH}, None)
+    command = backend.command(entry, ["tar", "-cf", "-", "."], environment("/", "/"), None)
     ended = run(command, output=lambda _: None, cancelled=Cancel(), capture=True)
     assert ended.returncode == 0
     # The trees are the cases' own. Older versions of Python know of no filter.
