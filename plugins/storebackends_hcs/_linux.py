@@ -23,7 +23,7 @@ from .views import Views  # noqa: E402
 
 _LOST = {"btrfs": frozenset[Capability](), "native": frozenset([Capability.NS_MTIME, Capability.SPARSE])}
 """What a clone loses of what its file system could hold: native's are copied by containerd, as well as it can."""
-_LOST_BY_OVERLAYS = frozenset([Capability.HARDLINKS])
+_LOST_BY_OVERLAYS = frozenset([Capability.LINKED])
 """The first write to a file of several names parts it from the others."""
 _ADDED = ("redirect_dir=on", "metacopy=off", "xino=off")
 """What an overlay is given beside what containerd asks for. Without the first no folder of the base can be renamed."""
