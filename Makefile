@@ -8,18 +8,19 @@ PACKAGES := acl attr btrfs-progs bubblewrap busybox-static containerd docker.io 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-zfs wheel-test check docs soak bench packages clean
+.PHONY: help demo test test-windows test-zfs wheel-test check docs soak bench packages clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 16
 
 demo: $(READY) ## build this project's wheel in cached steps: cold, cached, and after a change
 	PATH="$(CURDIR)/$(BIN):$$PATH" docs/examples/demo.sh
 
 test: $(READY) packages ## every test this machine can run; ends with what was skipped, and why
-	@.ci/wheel-test; wheel=$$?; \
-	.ci/zfs/test; zfs=$$?; \
-	echo "== the tests, as $$(id -un) =="; $(BIN)/pytest && exit $$((wheel + zfs))
+	@.ci/test
+
+test-windows: $(READY) ## the tests on Windows CPython on Wine, which is not Windows, but near
+	.ci/windows
 
 test-zfs: $(READY) packages ## the tests of the backend zfs on real OpenZFS: here, or in a machine made for them
 	.ci/zfs/test
