@@ -159,14 +159,9 @@ class Caches:
 
     def infos(self) -> list[CacheInfo]:
         """All caches, by name. Measures each, file by file where the backend does not know better."""
-        infos: list[CacheInfo] = []
-        for name in sorted({entry.id for entry in self._backend.cache_list()}):
-            try:
-                infos += self._info(name)
-            except (OSError, StoreError):
-                if any(self._backend.cache_list(name)):  # else it was deleted meanwhile
-                    raise
-        return infos
+        return [
+            info for name in sorted({entry.id for entry in self._backend.cache_list()}) for info in self._info(name)
+        ]
 
     def delete(self, name: str) -> bool:
         """Delete a cache; False where there is none of that name. Raises Busy while it is lent to anybody."""
@@ -230,8 +225,13 @@ class Caches:
         loans = list(_loans(self._backend, self._locks, name))
         with ExitStack() as held:
             newest = self._newest(name, held)
-            size = self._backend.cache_size(newest) if newest else Size(0, exact=True)
-            times = [loan.started for loan in loans] + ([newest.folder.stat().st_mtime] if newest else [])
+            try:
+                size = self._backend.cache_size(newest) if newest else Size(0, exact=True)
+                times = [loan.started for loan in loans] + ([newest.folder.stat().st_mtime] if newest else [])
+            except (OSError, StoreError):
+                if newest is None or newest.folder.is_dir():
+                    raise
+                return  # the cache was deleted meanwhile
             if times:  # else a borrower died, and the first one
                 yield CacheInfo(name, _number(newest), size, max(times), tuple(sorted(loan.pid for loan in loans)))
 

@@ -35,7 +35,7 @@ from .recovery import discard_dead
 
 ROOMS = frozenset(["caches", "failed", "in-progress", "loans", "locks", "quarantine", "result", "scratch", "trash"])
 """The folders in a store's folder, on every backend."""
-FILES = re.compile(r"(\.)?store\.json.*|index\.(dirty|sqlite(-shm|-wal)?)")
+FILES = re.compile(r"(\.)?store\.json.*|index\.(dirty|sqlite(-journal|-shm|-wal)?)")
 """And the files."""
 UNSYNCED = 60.0
 """Seconds after which a result that is not known to be on the disk is no longer just new."""

@@ -29,7 +29,7 @@ from storebackends import (
     open_store,
     opening,
 )
-from storebackends.backend import CacheEntry
+from storebackends.backend import CacheEntry, Size
 from storebackends.recipe import Recipe, load
 from storebackends.steps import plan, run_recipe
 from tests.capabilities import needs
@@ -556,6 +556,22 @@ def test_facts_of_all_caches(store: Store) -> None:
     assert [(info.name, info.generation, info.borrowers) for info in after] == [("a", 1, ()), ("b", 1, ())]
     assert before[1].size.bytes >= 100_000
     assert before[0].size.bytes == 0
+
+
+def test_a_cache_that_goes_and_comes_back_while_it_is_measured_is_no_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, f="1")
+    measure = store._backend.cache_size
+
+    def late(entry: CacheEntry) -> Size:
+        store.delete_cache("c")
+        with store.cache("c", mode="private"):
+            return measure(entry)
+
+    monkeypatch.setattr(store._backend, "cache_size", late)
+
+    assert store.caches() == []
 
 
 def test_borrowing_is_a_use(store: Store) -> None:

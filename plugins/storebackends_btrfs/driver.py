@@ -7,6 +7,7 @@ built, and its entry renamed after that. Deleted subvolumes are reclaimed by the
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import threading
@@ -22,6 +23,8 @@ from . import BtrfsOptions
 assert sys.platform == "linux", "btrfs is a file system of Linux; use the backend copy"  # noqa: S101 (for the type checker too)
 
 from . import checks, space, volumes  # noqa: E402
+
+log = logging.getLogger(__name__)
 
 _PASSES = 16  # subvolumes in each other's closed folders that a user's build may leave
 _PAUSE = 0.05  # seconds between two looks at what is not reclaimed yet
@@ -118,10 +121,17 @@ class BtrfsBackend(EntryBackend):
 
     def _commits(self, timeout: float) -> bool:
         """Have the file system commit, in a thread of its own: it may take longer than anybody wants to wait."""
-        thread = threading.Thread(target=volumes.commit, args=(self.root,), name="btrfs commit", daemon=True)
+        thread = threading.Thread(target=_commit, args=(self.root,), name="btrfs commit", daemon=True)
         thread.start()
         thread.join(max(timeout, 0))
         return not thread.is_alive()
+
+
+def _commit(folder: Path) -> None:
+    try:
+        volumes.commit(folder)
+    except OSError as error:
+        log.warning("the file system of %s does not commit: %s", folder, error)
 
 
 def _is_tight(folder: Path) -> bool:

@@ -1,7 +1,6 @@
-"""What takes space on a btrfs: metadata beside data, and what a subvolume does not share with its base.
+"""Room for metadata, which can run out while there is room for data; and then nothing works any more.
 
-Metadata can run out while there is room for data, and then nothing works any more, so both are looked at. Neither the
-module btrfsutil nor statvfs(3) tells of it; the ioctls do, and the `btrfs` command would be a process.
+Neither statvfs(3) nor the module btrfsutil tells of it. The kernel does, and the `btrfs` command would be a process.
 """
 
 from __future__ import annotations
@@ -19,14 +18,11 @@ import fcntl  # noqa: E402
 
 from .volumes import opened  # noqa: E402
 
-# ioctl_btrfs(2), linux/btrfs.h and btrfs_tree.h.
-_SPACE_INFO, _FS_INFO, _DEV_INFO, _TREE_SEARCH_V2 = 0xC0109414, 0x8400941F, 0xD000941E, 0xC0709411
+# ioctl_btrfs(2), linux/btrfs.h and linux/btrfs_tree.h.
+_SPACE_INFO, _FS_INFO, _DEV_INFO = 0xC0109414, 0x8400941F, 0xD000941E
 _DATA, _METADATA, _RESERVE = 1 << 0, 1 << 2, 1 << 49
 _COPIES = {1 << 4: 2, 1 << 5: 2, 1 << 6: 2, 1 << 7: 2, 1 << 8: 3, 1 << 9: 3, 1 << 10: 4}  # RAID1, DUP, RAID10, 5, 6, …
 _GROUP, _DEVICE = struct.Struct("=3Q"), struct.Struct("=Q16x2Q")
-_KEY, _HEADER, _EXTENT = struct.Struct("=7Q4I4QQ"), struct.Struct("=3Q2I"), struct.Struct("=QQ4xBQQ")
-_EXTENT_DATA, _ROOT_ITEM, _ROOT_TREE, _INLINE, _MOST = 108, 132, 1, 0, (1 << 64) - 1
-_BUFFER = 1 << 16
 
 
 class Room(NamedTuple):

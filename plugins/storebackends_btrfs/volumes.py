@@ -89,7 +89,7 @@ def delete(path: Path) -> None:
             if btrfsutil.is_subvolume(fd):
                 _delete(parent, fd, _nested(fd))
     except OSError as error:
-        if error.errno not in _NO_FOLDER:
+        if error.errno not in (*_NO_FOLDER, errno.EACCES):  # the last: a user's build closed it
             raise
 
 
@@ -166,11 +166,14 @@ def _clone_nested(source: int, dest: int, path: Sequence[str]) -> None:
 def _unchanged(folder: int) -> Iterator[None]:
     """Let this user write to a folder, and have its mode and times as they were."""
     status = os.fstat(folder)
-    os.fchmod(folder, status.st_mode | 0o700)
+    is_closed = status.st_mode & 0o700 != 0o700
+    if is_closed:
+        os.fchmod(folder, status.st_mode | 0o700)
     try:
         yield
     finally:
-        os.fchmod(folder, status.st_mode)
+        if is_closed:
+            os.fchmod(folder, status.st_mode)
         os.utime(folder, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 

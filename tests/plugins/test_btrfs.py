@@ -40,6 +40,7 @@ def store(disk: Path, request: pytest.FixtureRequest) -> Iterator[Store]:
     """A new store; in the end it is deleted, and no subvolume may be left."""
     with open_btrfs(disk / "store") as store:
         yield store
+        assert list(store.fsck().findings) == []
         for id in list(store.ids()):
             store.delete(id, recursive=True)
         for cache in store.caches():
