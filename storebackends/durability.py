@@ -109,21 +109,25 @@ class Durability:
         return bool(self._pending)
 
     def flush(self) -> None:
-        """One barrier now, then the marks of all that was published before it, whoever published that; and once this
-        returns, a power cut costs none of it.
+        """One barrier now, then the marks of all that was published before it, whoever published that, and another.
 
-        Where the disk fails, they are marked `suspect`: the kernel tells of a failure once, and drops the data it could
-        not write, so that a later barrier which succeeds proves nothing for them. Raises StoreError then.
+        Once this returns, a power cut costs none of it. Where the disk fails, they are marked `suspect`: the kernel
+        tells of a failure once, and drops the data it could not write, so that a later barrier which succeeds proves
+        nothing for them. Raises StoreError then.
         """
         attempts, mark = self._take(), SUSPECT
         try:
             self.barrier()
             mark = SYNCED
         finally:
-            for folder, attempt in attempts.items():
-                self._mark(folder, attempt, mark)
-        if attempts:
+            self._mark_all(attempts, mark)
+        if not attempts:
+            return
+        try:
             self.barrier()  # for the marks: what lacks its mark after a power cut is dropped, however whole it is
+        except StoreError:
+            self._mark_all(self._take(), SUSPECT)  # what was published meanwhile may be what could not be written
+            raise
 
     def close(self, flush: bool = True) -> None:
         """End the thread; unless *flush* is False, bring the last publications to the disk. Idempotent."""
@@ -173,6 +177,10 @@ class Durability:
             found = {room / name: attempt for room in rooms for name, attempt in _unmarked(room) if attempt}
             attempts = found | attempts
         return attempts
+
+    def _mark_all(self, attempts: dict[Path, str], mark: str) -> None:
+        for folder, attempt in attempts.items():
+            self._mark(folder, attempt, mark)
 
     def _mark(self, path: Path, attempt: str, mark: str) -> None:
         # By descriptor, and only if it is the attempt that the barrier covered: the id may have been built again since.

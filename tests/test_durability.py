@@ -161,6 +161,30 @@ def test_group_never_marks_what_a_failing_disk_may_have_lost(tmp_path: Path, mon
     assert not is_marked(store.root, "a")
 
 
+@needs("syncfs")
+def test_a_disk_that_fails_while_marks_are_written_makes_what_came_meanwhile_suspect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durability, "PAUSE", 3600)
+    store = open_store(backend="copy", path=tmp_path / "store")
+    store.build("a", writes(f="1")).release()
+
+    def failing() -> None:
+        if is_marked(store.root, "a"):
+            raise StoreError("the disk failed to write")
+        store.build("b", writes(f="1")).release()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._durability, "barrier", failing)
+        with pytest.raises(StoreError, match="failed to write"):
+            store._durability.flush()
+    store.close()
+    with open_store(backend="copy", path=tmp_path / "store") as store:
+        store.build("c", writes(f="1")).release()
+
+    assert [is_marked(store.root, id) for id in "abc"] == [True, False, True]
+
+
 @needs("proc")
 def test_the_kernel_tells_which_boot_this_is() -> None:
     assert re.fullmatch(r"[0-9a-f-]{36}", durability.boot_id())
