@@ -28,7 +28,7 @@ def below(folder: Path, patience: float = 30) -> list[str]:
         threading.Event().wait(0.1)
     processes = _strangers(folder) | dict.fromkeys(_children(), "a child of the tests")
     left = [f"process {pid} ({_command(pid)}): {text}" for pid, text in sorted(processes.items())]
-    left += [f"mount {mount}" for mount in _mounts(folder)]
+    left += [f"mount {mount}" for mount in mounts(folder)]
     return left + [f"loop device {device}" for device in _loops(folder)]
 
 
@@ -69,7 +69,8 @@ def _strangers(folder: Path) -> dict[int, str]:
     return {pid: text for pid, text in holders(folder) if pid != os.getpid()}
 
 
-def _mounts(folder: Path) -> list[str]:
+def mounts(folder: Path) -> list[str]:
+    """The mount points at *folder* and below, in the order in which they were mounted."""
     lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
     points = [line.split()[4].replace(r"\040", " ") for line in lines]
     return [point for point in points if _inside(point, folder)]

@@ -232,7 +232,10 @@ class OverlayBackend(EntryBackend):
         found = trial(Path(self._views.folder), unprivileged=kept)
         if kept is None:
             part = f"{self._views.folder}/attributes"
-            Path(part).write_text(_ATTRIBUTES[found.unprivileged], encoding="ascii")
+            with open(part, "w", encoding="ascii") as file:
+                file.write(_ATTRIBUTES[found.unprivileged])
+                file.flush()
+                os.fsync(file.fileno())  # a power cut must not leave an empty one: no store opens with that
             with suppress(FileExistsError):
                 os.link(part, attributes)
             if _kept(attributes) != found.unprivileged:

@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.capabilities import MIB, loop_fs, mounted
+from tests import leftovers
+from tests.capabilities import MIB, loop_fs, mounted, run
 
 _FICLONE = 0x40049409
 _CUT = "cut"
@@ -47,6 +48,8 @@ class Machine:
         with mounted(self._cache, "-o", "loop,nouuid", self._cache.parent / "image"):
             with mounted(self._disk, "-o", self._options, self._disk.parent / "image"):
                 yield self._disk
+                for mount in leftovers.mounts(self._disk)[:0:-1]:  # what the killed had mounted on it
+                    run("umount", mount)
             _take(self._disk.parent)
         _take(kept.parent)
 
