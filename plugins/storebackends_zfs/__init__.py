@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from storebackends.plugin import BackendSpec, CommandFailed, Options, Support, hookimpl
+from storebackends.plugin import BackendSpec, CommandFailed, NotSupported, Options, StoreError, Support, hookimpl
 
 from .commands import LONGEST_DATASET, Zfs, is_root, may_mount, mount_point, run
 
@@ -64,7 +64,16 @@ def _mounting(version: str) -> Support:
 
 def folder(options: ZfsOptions) -> Path:
     """Where the store's own folder is, if no path is given: in the dataset. Raises StoreError where it is not there."""
-    return mount_point(Zfs(options.sudo), options.dataset) / "storebackends"
+    try:
+        return mount_point(Zfs(options.sudo), options.dataset) / "storebackends"
+    except CommandFailed as error:
+        raise explained(error) from error
+
+
+def explained(error: CommandFailed) -> StoreError:
+    """What is wrong where the first look at a dataset failed: that there is no ZFS, if so."""
+    support = probe(Path())
+    return error if support.usable else NotSupported("a zfs store", support.reason, support.fix)
 
 
 @hookimpl

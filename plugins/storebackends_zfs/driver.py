@@ -37,7 +37,7 @@ from storebackends.plugin import (
     trees,
 )
 
-from . import ZfsOptions, probe
+from . import ZfsOptions, explained, probe
 from .commands import Zfs, has_clones, is_missing, may_mount, mount, mounts_below, run, use
 
 log = logging.getLogger(__name__)
@@ -86,9 +86,15 @@ class ZfsBackend(EntryBackend):
         """Raises NotSupported where there is no ZFS, no such dataset, or no right to mount."""
         self._zfs = Zfs(self.options.sudo)
         self._home = f"{self.options.dataset}/storebackends-{self.uuid}"
-        self._check_rights()
+        if not self.options.sudo and not may_mount():
+            support = probe(self.root)
+            fix = "set sudo = true" if support.usable else support.fix
+            raise NotSupported("a zfs store", "on Linux only root mounts ZFS", fix)
         names = (self.options.dataset, self._home)
-        rows = self._zfs.rows(*names, properties=_FOUND)
+        try:
+            rows = self._zfs.rows(*names, properties=_FOUND)
+        except CommandFailed as error:
+            raise explained(error) from error
         point = use(self._zfs, self.options.dataset, rows.get(self.options.dataset))
         super().open()
         if self._home not in rows:
@@ -97,13 +103,6 @@ class ZfsBackend(EntryBackend):
         self._trees = Path(rows[self._home][0])
         self._make_private(self._trees)
         self.capabilities = trees.capabilities(self._trees) | {Capability.READONLY}
-
-    def _check_rights(self) -> None:
-        if self.options.sudo or may_mount():
-            return
-        support = probe(self.root)
-        fix = "set sudo = true" if support.usable else support.fix
-        raise NotSupported("a zfs store", "on Linux only root mounts ZFS", fix)
 
     def _make_home(self, point: Path) -> None:
         # Before ZFS makes it for the first tree: nobody else may get at what a build makes, such as a setuid program.

@@ -77,6 +77,16 @@ def test_the_probe_tells_what_there_is(
     assert reason in support.reason
 
 
+@needs("root")
+def test_a_host_without_zfs_says_so_with_and_without_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("storebackends_zfs.commands._SBIN", ())
+
+    for path in (None, tmp_path / "store"):
+        with pytest.raises(NotSupported, match="there is no ZFS.*install OpenZFS"):
+            storebackends.open_store(backend="zfs", dataset="tank/builds", path=path)
+
+
 # On real ZFS.
 
 
