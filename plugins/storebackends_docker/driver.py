@@ -52,6 +52,7 @@ _COPIED = frozenset(
         Capability.MODES,
         Capability.SYMLINKS,
         Capability.HARDLINKS,
+        Capability.LINKED,
         Capability.FIFOS,
         Capability.DEVICES,
     }
