@@ -81,12 +81,17 @@ class Daemon:
         self.call("volume", "create", "--label", self._store, "--label", f"{ATTEMPT}={attempt}", name)
         return name
 
-    def mount_point(self, volume: str) -> str:
-        """Where the daemon's host has it. Raises StoreError where there is none, or one that is not ours."""
-        said = self.call("volume", "inspect", "--format", "{{json .}}", volume).stdout
-        found = json.loads(said)
+    def mount_point(self, volume: str) -> str | None:
+        """Where the daemon's host has it; None where it is gone, or was made again by somebody else."""
+        done = self.call("volume", "inspect", "--format", "{{json .}}", volume, ok=(0, 1))
+        if done.returncode:
+            said = done.stderr.decode(errors="replace")
+            if "no such volume" in said.lower():
+                return None
+            raise self._explain(CommandFailed(["docker", "volume", "inspect"], done.returncode, "failed", said))
+        found = json.loads(done.stdout)
         if (found.get("Labels") or {}).get(ATTEMPT) != volume.removeprefix(self.prefix):
-            raise StoreError(f"the volume {volume} was removed and made again, empty, by somebody else")
+            return None
         return str(found["Mountpoint"])
 
     def volumes(self) -> set[str]:
@@ -96,7 +101,7 @@ class Daemon:
     def remove_volume(self, volume: str) -> None:
         """Remove a volume, and first the store's containers that use it. Idempotent. StoreError where others do."""
         for last in (False, True):
-            done = self.call("volume", "rm", "--force", volume, ok=(0, 1))
+            done = self.call("volume", "rm", "--force", volume, ok=(0, 1), timeout=COPYING)
             said = done.stderr.decode(errors="replace").strip()
             if done.returncode == 0 or "no such volume" in said.lower():
                 return

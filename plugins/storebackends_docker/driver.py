@@ -113,7 +113,10 @@ class DockerBackend(EntryBackend):
     def remove(self, folder: Path) -> None:
         """Containers, then the volume, then the folder."""
         with suppress(FileNotFoundError, ValueError):  # none was made, or a power cut tore it: swept then
-            self._remove_volume(_load(folder / "tree.json").volume)
+            tree = _load(folder / "tree.json")
+            self._used.discard(tree.attempt)
+            if tree.volume == self._daemon.volume(tree.attempt):
+                self._remove_volume(tree.volume)
         trees.remove(folder)
 
     def view(self, id: str) -> AbstractContextManager[Path]:
@@ -231,10 +234,12 @@ class DockerBackend(EntryBackend):
     def check(self) -> Iterator[Problem]:
         """Volumes and containers that belong to no entry; and results without theirs, where view() cannot tell."""
         containers, volumes = self._orphans()
-        for name in sorted(containers):
+        # What somebody who opens or measures the store has for a moment; if that was killed, the next open removes it.
+        passing = (self._daemon.volume("probe"), self._daemon.volume("usage"))
+        for name in sorted(name for name in containers if not name.startswith(passing)):
             repair = partial(self._daemon.remove_containers, [name])
             yield Problem(name, "this container belongs to no build", repair)
-        for name in sorted(volumes):
+        for name in sorted(name for name in volumes if not name.startswith(passing)):
             yield Problem(name, "this volume belongs to no entry", partial(self._remove_volume, name))
         if not self._here:
             yield from self._without_volume()
@@ -246,22 +251,24 @@ class DockerBackend(EntryBackend):
         for _ in range(_TRIES):  # another process that opens the store sweeps it away
             probe = self._daemon.create_volume(f"probe{secrets.token_hex(6)}")
             try:
-                point = self._daemon.mount_point(probe)
-                self._before, _, self._after = point.partition(probe)
-                self._system: System = Windows() if PureWindowsPath(point).drive else Linux()
-                self._here = self._can_read(Path(point))
-                self.capabilities = trees.capabilities(Path(point)) if self._here else _COPIED
-            except StoreError as error:
-                vanished = error
-                if isinstance(error, NotSupported) or probe in self._daemon.volumes():
+                if (point := self._daemon.mount_point(probe)) and self._learn(point, probe):
+                    return
+            except StoreError:
+                if self._daemon.mount_point(probe):
                     raise
-            else:
-                self.contained = self.options.image is not None
-                self.home = self._system.home if self.options.image else None
-                return
             finally:
                 self._daemon.remove_volume(probe)
-        raise vanished
+        raise StoreError("volumes vanish as soon as they are made; is something else removing them?")
+
+    def _learn(self, point: str, volume: str) -> bool:
+        """Take what there is to know from one volume; False where that is no more."""
+        self._before, _, self._after = point.partition(volume)
+        self._system: System = Windows() if PureWindowsPath(point).drive else Linux()
+        self.contained = self.options.image is not None
+        self.home = self._system.home if self.contained else None
+        self._here = self._can_read(Path(point))
+        self.capabilities = trees.capabilities(Path(point)) if self._here else _COPIED
+        return self._here or self._daemon.mount_point(volume) is not None
 
     def _can_read(self, point: Path) -> bool:
         # A name made just now: a folder of it here can only be the daemon's.
@@ -295,13 +302,13 @@ class DockerBackend(EntryBackend):
 
     def _check(self, tree: _Tree, id: str) -> None:
         """Raise NotFound unless the volume is the one that was filled."""
-        with suppress(OSError, StoreError):
-            if self._here:
-                if (self._mount_point(tree.volume) / "nonce").read_text().strip() == tree.attempt:
-                    return
-            elif self._daemon.mount_point(tree.volume):
-                return
-        raise self._gone(tree, id)
+        if not (self._is_filled(tree) if self._here else self._daemon.mount_point(tree.volume)):
+            raise self._gone(tree, id)
+
+    def _is_filled(self, tree: _Tree) -> bool:
+        with suppress(FileNotFoundError):
+            return (self._mount_point(tree.volume) / "nonce").read_text().strip() == tree.attempt
+        return False
 
     def _gone(self, tree: _Tree, id: str) -> NotFound:
         what = f"the volume {tree.volume} of {id!r} was removed or replaced by somebody else"
@@ -425,13 +432,14 @@ class DockerBackend(EntryBackend):
                 log.warning("%s stays: %s", name, error)
 
     def _without_volume(self) -> Iterator[Problem]:
-        entries = [(id, self._source(id)) for id in self.ids()]
-        volumes = self._daemon.volumes()
-        for id, entry in entries:
+        named: dict[str, _Tree] = {}
+        for id in self.ids():
             with suppress(NotFound):  # deleted meanwhile
-                tree = self._recorded(entry)
-                if tree.volume not in volumes:
-                    yield Problem(id, str(self._gone(tree, id)))
+                named[id] = self._recorded(self._source(id))
+        volumes = self._daemon.volumes()
+        for id, tree in named.items():
+            if tree.volume not in volumes and self.has(id):
+                yield Problem(id, str(self._gone(tree, id)))
 
     def _remove_volume(self, volume: str) -> None:
         # The tree by ourselves, where we can: the daemon would remove what is mounted in it, too.

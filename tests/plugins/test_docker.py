@@ -185,8 +185,8 @@ class TestBuilds:
         (source / "folder").mkdir(parents=True)
         (source / "folder" / "inner").write_text("new")
         (source / "run me").write_text("#!")
-        (source / "run me").chmod(0o4750)
         os.chown(source / "run me", 1234, 555)
+        (source / "run me").chmod(0o4750)  # after the owner, which clears it
         (source / "link").symlink_to("nowhere")
 
         def fn(work: Workspace) -> None:
