@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 
+from storebackends.backend import Backend
 from storebackends.testing import BackendConformance
+from storebackends.testing.trees import FEATURES
 from tests.capabilities import needs
 from tests.dockerd import IMAGE, Dockerd
 
@@ -37,9 +39,23 @@ class Docker(BackendConformance):
         there = {*self._dockerd.volumes(), *self._dockerd.containers()}
         return super().leftovers(root) + sorted(name for name in there - named if uuid in name)
 
+    @pytest.mark.soak  # a hundred openings, each of which asks the daemon five times
+    def test_whatever_is_done_the_store_agrees_with_the_disk(self, area: Path) -> None:
+        """Case 15."""
+        super().test_whatever_is_done_the_store_agrees_with_the_disk(area)
+
 
 class TestOnTheHost(Docker):
     fixed: ClassVar = {"access": "host"}
+
+
+@pytest.mark.soak  # volumes are what they are with any driver
+class TestOnTheHostWithVfs(Docker):
+    fixed: ClassVar = {"access": "host"}
+
+    @pytest.fixture
+    def daemon(self, vfs: Dockerd) -> Dockerd:
+        return vfs
 
 
 class TestThroughContainers(Docker):
@@ -50,3 +66,26 @@ class TestThroughContainers(Docker):
     @pytest.fixture
     def daemon(self, vfs: Dockerd) -> Dockerd:
         return vfs
+
+    # A container takes half a second, and these take dozens.
+
+    @pytest.mark.soak
+    @pytest.mark.parametrize("feature", FEATURES)
+    def test_a_clone_keeps(self, backend: Backend, root: Path, feature: str) -> None:
+        """Case 16; all of it together is no soak."""
+        super().test_a_clone_keeps(backend, root, feature)
+
+    @pytest.mark.soak
+    def test_a_rename_killed_at_any_step_leaves_a_whole_result_or_none(self, backend: Backend, root: Path) -> None:
+        """Case 6."""
+        super().test_a_rename_killed_at_any_step_leaves_a_whole_result_or_none(backend, root)
+
+    @pytest.mark.soak
+    def test_a_clone_killed_at_any_step_is_found_and_removed(self, backend: Backend, root: Path) -> None:
+        """Case 8."""
+        super().test_a_clone_killed_at_any_step_is_found_and_removed(backend, root)
+
+    @pytest.mark.soak
+    def test_a_delete_killed_at_any_step_shows_nothing_or_a_whole_result(self, backend: Backend, root: Path) -> None:
+        """Case 13."""
+        super().test_a_delete_killed_at_any_step_shows_nothing_or_a_whole_result(backend, root)
