@@ -360,6 +360,7 @@ def call(
         raise
     finally:
         timer.cancel()
+        timer.join()  # it ends at once, and else might outlive the store
     return None if late.is_set() else int(running.exit_code)
 
 

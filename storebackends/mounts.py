@@ -12,6 +12,7 @@ import functools
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ _STRING = 255
 """And fsconfig(2) of one of them."""
 _NOFOLLOW = 8
 _TRIES = 1000
+_PATIENCE, _PAUSE = 40, 0.025
+"""How often, and after how many seconds each, an unmount is tried again where something is in use."""
 
 # The numbers of the newer calls are the same on all architectures.
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 429, 430, 431, 432
@@ -82,6 +85,7 @@ def unmount(target: Path) -> None:
 
     Raises Busy with the holders where something is in use; then it, and what it lies in, stays mounted.
     """
+    patience = _PATIENCE
     for _ in range(_TRIES):
         mounted = below(target)
         if not mounted:
@@ -91,9 +95,13 @@ def unmount(target: Path) -> None:
             raise StoreError(f"cannot unmount {point}: a link was put into its way; unmount it by hand")
         if _libc().umount2(os.fsencode(point), _NOFOLLOW) != 0:
             number = ctypes.get_errno()
-            if number == errno.EBUSY:
+            if number == errno.EBUSY and patience:
+                # A program that is just being started may still have a copy of what another thread had open there.
+                patience -= 1
+                threading.Event().wait(_PAUSE)
+            elif number == errno.EBUSY:
                 raise Busy(point, "it is mounted and in use; end what holds it", list(holders(Path(point))))
-            if number not in (errno.EINVAL, errno.ENOENT):  # else another process was first
+            elif number not in (errno.EINVAL, errno.ENOENT):  # else another process was first
                 raise _explained(f"unmount {point}", number)
     raise StoreError(f"cannot unmount {target}: something mounts there as fast as it is unmounted")
 

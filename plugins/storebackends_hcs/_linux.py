@@ -8,7 +8,7 @@ assert sys.platform == "linux"  # noqa: S101 (tells the type checker to skip the
 
 import os  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from contextlib import AbstractContextManager, suppress  # noqa: E402
+from contextlib import AbstractContextManager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import IO  # noqa: E402
 
@@ -62,7 +62,7 @@ class LinuxHost(Host):
         if tree.parent is None and writable:
             os.chmod(point, 0o755)  # noqa: S103 (a system's root folder is like that)
 
-    def detach(self, nonce: str) -> None:
+    def detach(self, nonce: str) -> bool:
         """Raises Busy where the tree is in use, or is mounted elsewhere, too."""
         point = self.path(nonce)
         if own := mounts.below(point)[:1]:
@@ -70,8 +70,10 @@ class LinuxHost(Host):
             if elsewhere:
                 raise Busy(nonce, f"its tree is mounted elsewhere, too: unmount {', '.join(elsewhere)}", elsewhere)
             mounts.unmount(point)
-        with suppress(FileNotFoundError):
-            point.rmdir()
+        if not point.exists():  # an earlier try came so far
+            return True
+        trees.remove(point)
+        return bool(own)
 
     def attached(self) -> Sequence[str]:
         """The names of the mount points."""

@@ -39,9 +39,10 @@ class WindowsHost(Host):
             with suppress(CommandFailed):  # it ended, and with --rm its container went
                 tool(self._options.ctr(*words, _container(nonce)), timeout=60)
 
-    def detach(self, nonce: str) -> None:
+    def detach(self, nonce: str) -> bool:
         """Forget them."""
         self._layers.pop(nonce, None)
+        return True
 
     def command(self, folder: Path, nonce: str, wanted: Command, cwd: str | None) -> Command:
         """``ctr run`` with the layers in a configuration of its own, which lies in the entry."""

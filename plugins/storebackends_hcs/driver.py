@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from storebackends.plugin import (
+    BuildFailed,
     Busy,
     Capability,
     Command,
@@ -110,7 +111,8 @@ class HcsBackend(EntryBackend):
             raise StoreError(f"{entry.tree_record} names no snapshot, so there is nothing to publish; build it again")
         if tree.sealed:  # an earlier try, which failed after it
             return
-        self._host.detach(tree.nonce)
+        if not self._host.detach(tree.nonce):
+            raise BuildFailed(entry.id, tree.nonce, "somebody unmounted its tree, so it may not be whole")
         self._ctr.commit(self._keys.committed(tree.nonce), self._keys.active(tree.nonce))
         replace(tree, sealed=True).save(entry.tree_record)
 

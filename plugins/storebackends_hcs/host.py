@@ -41,8 +41,9 @@ class Host:
     def end(self, nonce: str) -> None:
         """End what a killed build still runs in it, where that does not end by itself."""
 
-    def detach(self, nonce: str) -> None:
-        """Undo it. Idempotent. Raises Busy where the tree is in use; then it stays attached."""
+    def detach(self, nonce: str) -> bool:
+        """Undo it; False where somebody else has. Idempotent. Raises Busy where the tree is in use; then it stays."""
+        return True
 
     def attached(self) -> Sequence[str]:
         """The nonces of what is or was attached, whoever did it."""

@@ -289,6 +289,17 @@ class TestHcs:
             assert store.result("id") is None
             mounts.unmount(other)
 
+    def test_a_tree_that_was_unmounted_under_its_build_is_not_published(self, root: Path, containerd: Daemon) -> None:
+        def fn(work: Workspace) -> None:
+            mounts.unmount(work.path)
+            (work.path / "beside").touch()
+
+        with opened(root) as store:
+            with pytest.raises(storebackends.BuildFailed, match="somebody unmounted"):
+                store.build("id", fn)
+
+            assert left(containerd, root) == []
+
     def test_a_build_deeper_than_an_overlay_goes_gets_a_copy(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("storebackends_hcs.driver.LAYERS", 3)
         with opened(root) as store:
