@@ -100,7 +100,8 @@ def unmount(target: Path) -> None:
                 patience -= 1
                 threading.Event().wait(_PAUSE)
             elif number == errno.EBUSY:
-                raise Busy(point, "it is mounted and in use; end what holds it", list(holders(Path(point))))
+                held = list(holders(Path(point)))
+                raise Busy(point, f"{', '.join(held) or 'a process that cannot be seen'} has it in use; end that", held)
             elif number not in (errno.EINVAL, errno.ENOENT):  # else another process was first
                 raise _explained(f"unmount {point}", number)
     raise StoreError(f"cannot unmount {target}: something mounts there as fast as it is unmounted")

@@ -63,7 +63,7 @@ def test_who_holds_a_mount_is_named_and_it_stays(target: Path) -> None:
     holder = subprocess.Popen(["sleep", "600"], cwd=target)
 
     try:
-        with pytest.raises(Busy) as caught:
+        with pytest.raises(Busy, match="sleep") as caught:
             mounts.unmount(target)
         assert len(mounts.below(target)) == 1
     finally:
