@@ -110,11 +110,14 @@ def _detached(layers: Sequence[str], upper: str | None, work: str | None, unpriv
         try:
             _set(context, _SET_STRING, "source", "storebackends")
             for key, path in _folders("lowerdir+", layers, upper, work):
-                with _opened(path) as folder:  # one at a time: a process may not have hundreds open
+                folder = os.open(path, _FOLDER)  # one at a time: a process may not have hundreds open
+                try:
                     if way() == "descriptors":
                         _set(context, _SET_FD, key, None, folder)
                     else:
                         _set(context, _SET_STRING, key, _named(folder))
+                finally:
+                    os.close(folder)
             for key, value in _options(upper is not None, unprivileged).items():
                 _set(context, _SET_FLAG if value is None else _SET_STRING, key, value)
             _call("mounting an overlay", _FSCONFIG, context, _CREATE, None, None, 0)

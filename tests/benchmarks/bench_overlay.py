@@ -36,7 +36,7 @@ def cases() -> Iterator[Case]:
             store.build("first", writes(f="1")).release()
             store.build("base", writes(g="1"), base="first").release()
             ids = (f"step-{n}" for n in count())
-            layers = [_upper(store, "base"), _upper(store, "first")]
+            layers = [_upper(store, "base"), _upper(store, "first"), store.root / "overlay" / "empty"]
             bare = microseconds_each(COUNT, lambda: _bare(folder / "bare", layers))
             for name, step, gate in (("clone, seal and rename", _step, 3), ("a trivial build", _build, None)):
                 ours = microseconds_each(COUNT, partial(_repeat, step, store, ids))
@@ -86,7 +86,7 @@ def _build_and_delete(store: Store, id: str) -> None:
 
 
 def _bare(folder: Path, layers: list[Path]) -> None:
-    """Nothing but the calls, on folders that are there already."""
+    """Nothing but the calls, on the same layers and on folders that are there already."""
     names = ("upper", "work", "tree", "entry")
     upper, work, tree, entry = (str(folder / name) for name in names)
     for name in names:
