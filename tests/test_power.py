@@ -38,8 +38,10 @@ class Kind(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-KINDS = [pytest.param(Kind("copy", fs), id=f"copy-{fs}", marks=needs(fs)) for fs in ("ext4", "xfs", "btrfs")]
-KINDS.append(pytest.param(Kind("overlay", "ext4"), id="overlay-ext4", marks=needs("overlay", "ext4")))
+KINDS = [
+    *(pytest.param(Kind("copy", fs), id=f"copy-{fs}", marks=needs(fs)) for fs in ("ext4", "xfs", "btrfs")),
+    pytest.param(Kind("overlay", "ext4"), id="overlay-ext4", marks=needs("overlay", "ext4")),
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_mode = pytest.mark.parametrize("durability", ["full", "group"])
 
