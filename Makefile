@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := .venv/.ready
 # What the tests start. Without one of them its tests are skipped, and the end of the run says so.
-PACKAGES := acl attr btrfs-progs bubblewrap busybox-static containerd docker.io e2fsprogs gcc libbtrfsutil-dev libc6-dev python3-dev rsync util-linux xfsprogs
+PACKAGES := acl attr btrfs-progs bubblewrap busybox-static containerd docker.io e2fsprogs gcc libbtrfsutil-dev libc6-dev libelf1 python3-dev rsync util-linux xfsprogs
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
