@@ -164,6 +164,7 @@ def test_the_last_barrier_is_not_left_out_where_no_process_can_be_had(
     assert (host.root / "result" / "app" / "synced").exists()
 
 
+@needs("syncfs")
 def test_sync_marks_what_reached_the_disk(host: Host, tmp_path: Path) -> None:
     with storebackends.open_store(backend="copy", path=host.root, durability="group") as store:
         store.build("app", writes(f="text")).release()

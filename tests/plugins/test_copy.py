@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -55,6 +56,7 @@ def test_a_clone_is_a_private_copy_of_the_base(tmp_path: Path) -> None:
         assert (other / "file").read_bytes() == b"new"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs permission bits")
 def test_an_empty_tree_is_open_to_all_whatever_the_umask(tmp_path: Path) -> None:
     backend = opened(tmp_path / "store")
     old = os.umask(0o077)
