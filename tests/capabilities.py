@@ -311,7 +311,7 @@ def _containerd() -> None:
 
 
 def _mount_loop() -> None:
-    with _scratch() as folder, small_tmpfs(folder, size=64 * MIB) as memory, loop_fs("ext4", memory, 32 * MIB):
+    with _scratch() as folder, loop_fs("ext4", folder, 32 * MIB):
         pass
 
 

@@ -13,9 +13,11 @@ import hashlib
 import io
 import json
 import platform
+import shutil
 import signal
 import subprocess
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,6 +122,12 @@ def left(daemon: Daemon, root: Path, snapshotter: str = "overlayfs") -> list[str
     return found + [str(path) for room in rooms for path in room.iterdir()]
 
 
+def _memory(otherwise: Path) -> Path:
+    """A folder in memory, where there is much; a container's may be small."""
+    shared = Path("/dev/shm")
+    return shared if shared.is_dir() and shutil.disk_usage(shared).free > 2048 * MIB else otherwise
+
+
 @contextmanager
 def running(folder: Path, size: int = 8192 * MIB) -> Iterator[Daemon]:
     """A daemon with *size* bytes for its snapshots on each file system; what is not used takes no memory.
@@ -127,7 +135,7 @@ def running(folder: Path, size: int = 8192 * MIB) -> Iterator[Daemon]:
     A small one has no btrfs.
     """
     with ExitStack() as held:
-        room = held.enter_context(capabilities.small_tmpfs(folder, size=2 * size + 64 * MIB))
+        room = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="containerd-", dir=_memory(folder))))
         root = held.enter_context(capabilities.loop_fs("ext4", room, size))
         btrfs = root / "btrfs"
         if size >= 512 * MIB and capabilities.look("btrfs").usable:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import pytest
 
 from storebackends import mounts
+from storebackends.backend import Backend
 from storebackends.testing import BackendConformance
 from tests.capabilities import needs
 from tests.containerd import Daemon, left
@@ -36,10 +37,34 @@ class TestOverlayfs(Hcs):
     options: ClassVar = {"snapshotter": "overlayfs"}
 
 
-class TestNative(Hcs):
+class Brief(Hcs):
+    """The longest cases, which are about the driver and not about the snapshotter, are left to `make soak`."""
+
+    @pytest.mark.soak
+    def test_a_chain_of_builds_equals_their_edits_replayed_on_one_folder(self, backend: Backend, area: Path) -> None:
+        """Case 17."""
+        super().test_a_chain_of_builds_equals_their_edits_replayed_on_one_folder(backend, area)
+
+    @pytest.mark.soak
+    def test_whatever_is_done_the_store_agrees_with_the_disk(self, area: Path) -> None:
+        """Case 15."""
+        super().test_whatever_is_done_the_store_agrees_with_the_disk(area)
+
+    @pytest.mark.soak
+    def test_a_copy_killed_at_any_step_is_found_and_removed(self, backend: Backend, root: Path) -> None:
+        """Case 24."""
+        super().test_a_copy_killed_at_any_step_is_found_and_removed(backend, root)
+
+    @pytest.mark.soak
+    def test_deletions_race_with_builds_and_lose_nothing(self, root: Path) -> None:
+        """Case 37."""
+        super().test_deletions_race_with_builds_and_lose_nothing(root)
+
+
+class TestNative(Brief):
     options: ClassVar = {"snapshotter": "native"}
 
 
 @needs("btrfs")
-class TestBtrfs(Hcs):
+class TestBtrfs(Brief):
     options: ClassVar = {"snapshotter": "btrfs"}
