@@ -426,7 +426,8 @@ class TestHcs:
         with pytest.raises(NotSupported, match="plugins ls"):
             opened(root, "nosuch")
 
-    def test_a_daemon_that_is_not_there_is_explained(self, root: Path, tmp_path: Path) -> None:
+    def test_a_daemon_that_is_not_there_is_explained(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(storebackends_hcs, "CONNECT", "1s")
         with pytest.raises(StoreError, match="does not answer at /nowhere/socket: start it"):
             opened(root, address="/nowhere/socket")
 
