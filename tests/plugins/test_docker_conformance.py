@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from storebackends.backend import Backend
-from storebackends.testing import BackendConformance
+from storebackends.testing import BackendConformance, Caches, Fidelity, Harness, Life, Logs, Processes, Roots
 from storebackends.testing.trees import FEATURES
 from tests.capabilities import needs
 from tests.dockerd import IMAGE, Dockerd
@@ -18,7 +18,7 @@ from tests.dockerd import IMAGE, Dockerd
 pytestmark = [needs("docker"), pytest.mark.slow]
 
 
-class Docker(BackendConformance):
+class Docker(Harness):
     name = "docker"
     fixed: ClassVar[Mapping[str, Any]] = {}
 
@@ -39,18 +39,18 @@ class Docker(BackendConformance):
         there = {*self._dockerd.volumes(), *self._dockerd.containers()}
         return super().leftovers(root) + sorted(name for name in there - named if uuid in name)
 
+
+class TestOnTheHost(Docker, BackendConformance):
+    fixed: ClassVar = {"access": "host"}
+
     @pytest.mark.soak  # a hundred openings, each of which asks the daemon five times
     def test_whatever_is_done_the_store_agrees_with_the_disk(self, area: Path) -> None:
         """Case 15."""
         super().test_whatever_is_done_the_store_agrees_with_the_disk(area)
 
 
-class TestOnTheHost(Docker):
-    fixed: ClassVar = {"access": "host"}
-
-
 @pytest.mark.soak  # volumes are what they are with any driver
-class TestOnTheHostWithVfs(Docker):
+class TestOnTheHostWithVfs(Docker, BackendConformance):
     fixed: ClassVar = {"access": "host"}
 
     @pytest.fixture
@@ -58,7 +58,7 @@ class TestOnTheHostWithVfs(Docker):
         return vfs
 
 
-class TestThroughContainers(Docker):
+class ThroughContainers(Docker):
     """On vfs, which copies an image's whole tree for each container."""
 
     fixed: ClassVar = {"access": "container", "image": IMAGE}
@@ -67,6 +67,8 @@ class TestThroughContainers(Docker):
     def daemon(self, vfs: Dockerd) -> Dockerd:
         return vfs
 
+
+class TestThroughContainers(ThroughContainers, Life, Fidelity):
     # A container takes half a second, and these take dozens.
 
     @pytest.mark.soak
@@ -89,3 +91,8 @@ class TestThroughContainers(Docker):
     def test_a_delete_killed_at_any_step_shows_nothing_or_a_whole_result(self, backend: Backend, root: Path) -> None:
         """Case 13."""
         super().test_a_delete_killed_at_any_step_shows_nothing_or_a_whole_result(backend, root)
+
+
+@pytest.mark.soak
+class TestWhatElseGoesThroughContainers(ThroughContainers, Logs, Caches, Processes, Roots):
+    pass
