@@ -129,6 +129,7 @@ def _daemons(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("containerd")
 
 
+@pytest.fixture(scope="session")
 def overlay2(_nothing_left_behind: None) -> Iterator[Dockerd]:
     """A Docker daemon with that storage driver, one for all tests."""
     capabilities.require("docker")
