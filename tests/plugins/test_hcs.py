@@ -479,7 +479,7 @@ class TestHcs:
     ) -> None:
         image = archive(tmp_path / "image.tar", [{"a": b"1", "both": b"old"}, {"b": b"2", "both": b"new"}])
         with opened(root, snapshotter) as store:
-            store.build("image", partial(_imports, _backend(store), image)).release()
+            store.build("image", lambda work: work.import_image(str(image))).release()
             store.build("child", writes(c="3"), base="image").release()
             assert reads(store, "image") == {"a": "1", "b": "2", "both": "new"}
             assert containerd.ctr("images", "ls", "-q") == ""
@@ -497,7 +497,7 @@ class TestHcs:
         with opened(root) as store:
             for image in (tmp_path / "text", Path("no/such:image")):
                 with pytest.raises(storebackends.BuildFailed, match="image|tar"):
-                    store.build("id", partial(_imports, _backend(store), image))
+                    store.build("id", partial(_imports, image))
 
             assert left(containerd, root) == []
             assert containerd.ctr("images", "ls", "-q") == ""
@@ -598,9 +598,8 @@ class _Child:
         os.waitpid(self._pid, 0)
 
 
-def _imports(backend: HcsBackend, image: Path, work: Workspace) -> None:
-    (entry,) = [entry for entry in backend._builds.values() if entry.attempt == work.attempt]
-    backend.import_image(entry, str(image))
+def _imports(image: Path, work: Workspace) -> None:
+    work.import_image(str(image))
 
 
 def _backend(store: Store) -> HcsBackend:
