@@ -39,7 +39,8 @@ class TestZfs(BackendConformance):
 def test_whatever_many_processes_and_threads_do_at_once_all_is_whole_and_nothing_is_left(
     pool: str, tmp_path: Path, rng: random.Random
 ) -> None:
-    few = ("--processes", "3", "--threads", "2", "--calls", "4")
+    # All of it is commands, which take tenths of a second each in software emulation, one after the other.
+    few = ("--processes", "3", "--threads", "2", "--calls", "4", "--patience", "900")
     stress(Kind("zfs", {"dataset": pool}), tmp_path, rng, *few)
 
     assert datasets(pool, tmp_path / "store") == set()

@@ -86,10 +86,10 @@ class Driver:
                         manifest, _ = trees.whole(result.path)
                         assert (manifest["id"], manifest["attempt"]) == (id, result.attempt)
 
-    def end(self) -> None:
+    def end(self, patience: float) -> None:
         """Wait for all; who does not end shows where it hangs."""
         for process in self._processes:
-            process.join(PATIENCE)
+            process.join(patience)
             if process.exitcode is None and process.pid:
                 self._journal("violation", what=f"process {process.pid} does not end; its threads are on stderr")
                 os.kill(process.pid, signal.SIGUSR1)
@@ -157,6 +157,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--calls", type=int, default=sys.maxsize, help="of each thread")
     parser.add_argument("--seconds", type=float, default=0, help="for how long, before or without kills")
     parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a process may take to end")
     given = parser.parse_args(argv)
     folder = given.root.absolute()
     config = Config(
@@ -177,7 +178,7 @@ def main(argv: list[str]) -> int:
     finally:
         if given.calls == sys.maxsize:
             config.stop.touch()
-        driver.end()
+        driver.end(given.patience)
     problems = list(driver.problems())
     print(*problems[:20], sep="\n")
     print(f"{len(problems)} problems" if problems else "no problem", flush=True)
