@@ -244,6 +244,19 @@ class Backend(ABC):
         Interrupted, it leaves trash that the next open() empties, never half a result.
         """
 
+    def hide(self, id: str) -> Path | None:
+        """The first half of delete(): a folder for reclaim(), or None where nothing is left to do.
+
+        By default nothing is, for it deletes. Where trees may wait in the trash, a folder there is given: to hide many,
+        and then to reclaim them, costs less than both for each in turn.
+        """
+        self.delete(id)
+        return None
+
+    def reclaim(self, hidden: Path) -> None:
+        """The other half: remove what hide() gave, and all its resources. The locks of its id are others' by now."""
+        raise NotSupported(f"reclaiming {hidden}", "this backend deletes at once and hides nothing")
+
     @abstractmethod
     def ids(self) -> Iterator[str]:
         """The ids of all results, in no order, as the disk has them."""

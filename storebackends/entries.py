@@ -39,6 +39,9 @@ _GENERATION = re.compile(r"[1-9][0-9]*", re.ASCII)
 class EntryBackend(Backend):
     """A backend whose every build is a folder that one rename publishes."""
 
+    may_wait: bool = False
+    """May a result wait in the trash while others are deleted? For trees that are plain files, and go as such."""
+
     def __init__(self, root: Path, options: Any, uuid: str) -> None:
         super().__init__(root, options, uuid)
         self.in_progress, self.results, self.trash = root / "in-progress", root / "result", root / "trash"
@@ -119,6 +122,14 @@ class EntryBackend(Backend):
     def delete(self, id: str) -> None:
         """See Backend.delete."""
         self._hide_and_remove(f"{self._results}{check_id(id)}")
+
+    def hide(self, id: str) -> Path | None:
+        """See Backend.hide."""
+        return self._hide(f"{self._results}{check_id(id)}") if self.may_wait else super().hide(id)
+
+    def reclaim(self, hidden: Path) -> None:
+        """See Backend.reclaim."""
+        self.remove(hidden)
 
     def ids(self) -> Iterator[str]:
         """See Backend.ids. Foreign files are passed over."""
@@ -238,13 +249,17 @@ class EntryBackend(Backend):
             raise NotFound(id, f"no build of {id!r} was begun here: build() comes before rename()") from None
 
     def _hide_and_remove(self, folder: str | Path) -> None:
+        if grave := self._hide(folder):
+            self.remove(grave)
+
+    def _hide(self, folder: str | Path) -> Path | None:
         # The name is new each time: a stray process may make the old path again while its grave is being emptied.
         grave = f"{self._trash}{os.path.basename(folder)}~{secrets.token_hex(4)}"
         try:
             renames.rename(folder, grave)  # hidden whole; a kill from here leaves only trash
         except FileNotFoundError:
-            return
-        self.remove(Path(grave))
+            return None
+        return Path(grave)
 
 
 @lru_cache(1024)

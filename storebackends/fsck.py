@@ -30,6 +30,7 @@ from .errors import NotFound, NotSupported, StoreError
 from .failures import Failures
 from .index import Index
 from .locks import Locks
+from .prune import PRUNING
 from .records import Record
 from .recovery import discard_dead
 
@@ -150,12 +151,17 @@ class Check:
     def _trash(self) -> Iterator[tuple[str, Problem]]:
         trash = self._root / "trash"
         left = []
-        for name in sorted(os.listdir(trash)):
-            if lock := self._locks.try_work(name.partition("~")[0]):  # else it is being deleted
-                with lock:
-                    left += [trash / name] if os.path.lexists(trash / name) else []
+        if alone := self._locks.try_use(PRUNING):  # else what a prune has hidden waits there for its turn
+            with alone:
+                left = [trash / name for name in sorted(os.listdir(trash)) if self._is_left(trash / name)]
         for path in left:  # all are told before one repair removes them all
             yield "trash", Problem(str(path), "was deleted in part only", partial(self._sweep, path))
+
+    def _is_left(self, path: Path) -> bool:
+        if lock := self._locks.try_work(path.name.partition("~")[0]):  # else it is being deleted
+            with lock:
+                return os.path.lexists(path)
+        return False
 
     def _sweep(self, path: Path) -> None:
         if os.path.lexists(path):

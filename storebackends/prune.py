@@ -14,11 +14,12 @@ import math
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from heapq import heapify, heappop, heappush
+from pathlib import Path
 
 from .backend import Backend, Size, Usage
 from .durability import Durability
@@ -27,7 +28,9 @@ from .index import Index, Row
 
 log = logging.getLogger(__name__)
 
-BATCH = 256  # deletions between two writes of the index
+BATCH = 256  # deletions between two writes of the index, and hidden results that are reclaimed in one go
+LARGE = 64 << 20  # bytes of hidden results that are not left to wait for more
+PRUNING = "prune/"  # the lock, shared by prunes, that tells fsck of hidden results that wait; no id has a slash
 SAMPLE = 1000  # deletions that are measured one by one
 GIVE_UP = 64  # deletions after which space must have been gained
 PATIENCE = 30.0  # seconds, in all, that a prune waits for a backend which frees space later
@@ -179,6 +182,8 @@ class Pruning:
         self._steps: list[Step] = []
         self._refused: dict[str, str] = {}  # id -> why
         self._gone: list[tuple[str, str]] = []  # (id, attempt) the index still has
+        self._hidden: deque[tuple[Step, Path]] = deque()
+        self._waiting = 0  # bytes of those
         self._take_stock()
 
     def run(self, *, all: bool = False, dry_run: bool = False) -> Plan:
@@ -200,6 +205,7 @@ class Pruning:
                 self._gained()  # before it is said that it was not enough
         finally:
             self._index.forget(self._gone)
+            self._reclaim()
         stays = list(self._stays())
         held = Counter(holder for _, holder, _ in stays if holder)
         kept = tuple(Kept(id, reason) for id, _, reason in stays)
@@ -270,13 +276,14 @@ class Pruning:
     # Deletions.
 
     def _take(self, row: Row, need: str) -> None:
+        hidden = None
         try:
             with self._hold(row.id, len(self._refused) < _NAMED):
                 if not self._backend.has(row.id):
                     raise NotFound(row.id)
                 size = row.size or self._size_of(row.id)
                 if not self._dry_run:
-                    self._delete(row)
+                    hidden = self._hide(row)
         except Busy as error:
             by = f" by {', '.join(error.holders)}" if error.holders else ""
             self._refused[row.id] = f"leased{by}"
@@ -285,9 +292,12 @@ class Pruning:
         except _Stays as error:
             self._refused[row.id] = str(error)
         else:
-            self._steps.append(Step(row.id, row.used, size, f"used {_time(self._now - row.used)} ago; {need}"))
             self._forget(row)
-            self._frees(size)
+            step = Step(row.id, row.used, size, f"used {_time(self._now - row.used)} ago; {need}")
+            if hidden:
+                self._wait(step, hidden)
+            else:
+                self._done(step)
 
     def _size_of(self, id: str) -> Size:
         # To walk a tree costs as much as to remove it, so in the end the mean of many stands for each of the rest.
@@ -307,7 +317,7 @@ class Pruning:
             log.warning("%s could not be measured: %s", id, error)
             return Size(0, exact=False)
 
-    def _delete(self, row: Row) -> None:
+    def _hide(self, row: Row) -> Path | None:
         # The plan is old by now: asked again under the locks, which nobody who builds on it or uses it can pass.
         attempt, used, is_base = self._index.state(row.id) or ("", 0.0, False)
         if (attempt, used) != (row.attempt, row.used):
@@ -315,12 +325,35 @@ class Pruning:
         if is_base and (children := self._children(row.id)):
             raise _Stays(f"base of {children[0]}, built a moment ago")
         try:
-            self._backend.delete(row.id)
+            return self._backend.hide(row.id)
         except (StoreError, OSError) as error:
             log.warning("%s could not be deleted: %s", row.id, error)
             if not self._backend.has(row.id):
                 raise NotFound(row.id) from error  # it is hidden at least: the next open tries again to reclaim it
             raise _Stays(f"could not be deleted: {error}") from error
+
+    def _wait(self, step: Step, hidden: Path) -> None:
+        """Reclaim it with others, after their locks; but where a rule asks for space, before that is looked at."""
+        self._hidden.append((step, hidden))
+        self._waiting += step.frees.bytes
+        by_space = (self._policy.min_free, self._policy.max_used) != (None, None)
+        if by_space or len(self._hidden) >= BATCH or self._waiting >= LARGE:
+            self._reclaim()
+
+    def _reclaim(self) -> None:
+        self._waiting = 0
+        while self._hidden:
+            step, hidden = self._hidden.popleft()
+            try:
+                self._backend.reclaim(hidden)
+            except (StoreError, OSError) as error:
+                log.warning("%s is deleted, but the next open has to try again to reclaim it: %s", step.id, error)
+            else:
+                self._done(step)
+
+    def _done(self, step: Step) -> None:
+        self._steps.append(step)
+        self._frees(step.frees)
 
     def _forget(self, row: Row) -> None:
         del self._rows[row.id]

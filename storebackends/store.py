@@ -26,7 +26,7 @@ from .life import Function, Life
 from .locks import Keys, Lease, Lock, Locks
 from .log import BuildLog
 from .marker import Marker
-from .prune import LowWater, Plan, Policy, Pruning
+from .prune import PRUNING, LowWater, Plan, Policy, Pruning
 from .records import Record
 from .results import Result, saved_log
 
@@ -392,7 +392,7 @@ class Store:
 
     def _prune(self, policy: Policy, *, all: bool = False, dry_run: bool = False) -> Plan:
         started = time.monotonic()
-        with explained("pruning", self._root), self._locks.keys() as keys:
+        with explained("pruning", self._root), self._locks.lease(PRUNING), self._locks.keys() as keys:
             hold = partial(self._unused, locks=keys)
             pruning = Pruning(self._backend, self._index, hold, self.children, policy)
             plan = pruning.run(all=all, dry_run=dry_run)

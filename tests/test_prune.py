@@ -244,13 +244,13 @@ class TestStays:
         self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shelf(a=(None, 3 * DAY), b=(None, 2 * DAY), c=(None, DAY))
-        delete = EntryBackend.delete
+        hide = EntryBackend.hide
 
-        def use_b_first(backend: EntryBackend, id: str) -> None:
+        def use_b_first(backend: EntryBackend, id: str) -> Path | None:
             kept(store, "b").release()
-            delete(backend, id)
+            return hide(backend, id)
 
-        monkeypatch.setattr(EntryBackend, "delete", use_b_first)
+        monkeypatch.setattr(EntryBackend, "hide", use_b_first)
         plan = store.prune(max_items=1)
 
         assert gone(plan) == ["a", "c"]
@@ -261,15 +261,15 @@ class TestStays:
     ) -> None:
         shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
         monkeypatch.setattr("storebackends.index.PAUSE", math.inf)  # the use of the base is not yet written
-        delete = EntryBackend.delete
+        hide = EntryBackend.hide
 
         with open_copy(store.root) as elsewhere:
 
-            def build_on_b_first(backend: EntryBackend, id: str) -> None:
+            def build_on_b_first(backend: EntryBackend, id: str) -> Path | None:
                 elsewhere.build("child", writes(f="1"), "b").release()
-                delete(backend, id)
+                return hide(backend, id)
 
-            monkeypatch.setattr(EntryBackend, "delete", build_on_b_first)
+            monkeypatch.setattr(EntryBackend, "hide", build_on_b_first)
             plan = store.prune(max_items=0)
 
         assert gone(plan) == ["a"]
@@ -279,14 +279,14 @@ class TestStays:
         self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
-        delete = EntryBackend.delete
+        hide = EntryBackend.hide
 
-        def refuse_a(backend: EntryBackend, id: str) -> None:
+        def refuse_a(backend: EntryBackend, id: str) -> Path | None:
             if id == "a":
                 raise StoreError("the disk says no")
-            delete(backend, id)
+            return hide(backend, id)
 
-        monkeypatch.setattr(EntryBackend, "delete", refuse_a)
+        monkeypatch.setattr(EntryBackend, "hide", refuse_a)
         plan = store.prune(max_items=0)
 
         assert gone(plan) == ["b"]
@@ -307,6 +307,24 @@ class TestStays:
         assert (plan.steps, plan.kept) == ((), ())
         assert not [*store.ids(), *store._index.rows()]
         assert "something is mounted there" in caplog.text
+
+    def test_only_what_could_not_be_reclaimed_is_told_so_and_the_others_go(
+        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY), c=(None, DAY))
+        reclaim = EntryBackend.reclaim
+
+        def refuse_b(backend: EntryBackend, hidden: Path) -> None:
+            if hidden.name.startswith("b~"):
+                raise StoreError("something is mounted there")
+            reclaim(backend, hidden)
+
+        monkeypatch.setattr(EntryBackend, "reclaim", refuse_b)
+        plan = store.prune(all=True)
+
+        assert gone(plan) == ["a", "c"]
+        assert [name.partition("~")[0] for name in left_in_progress(store.root)] == ["b"]
+        assert ["b is deleted" in record.message for record in caplog.records] == [True]
 
     def test_what_cannot_be_measured_goes_all_the_same(
         self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
@@ -337,13 +355,14 @@ class TestStays:
         self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
-        delete = EntryBackend.delete
+        hide = EntryBackend.hide
 
-        def close_after(backend: EntryBackend, id: str) -> None:
-            delete(backend, id)
+        def close_after(backend: EntryBackend, id: str) -> Path | None:
+            hidden = hide(backend, id)
             store._locks.close()
+            return hidden
 
-        monkeypatch.setattr(EntryBackend, "delete", close_after)
+        monkeypatch.setattr(EntryBackend, "hide", close_after)
         with pytest.raises(StoreError, match="closed"):
             store.prune(all=True)
 
@@ -393,6 +412,43 @@ class TestSpace:
         assert (gone(planned), planned.unmet) == (["a", "b", "c"], ())
         assert (gone(done), done.unmet) == (["a", "b"], ())
         assert done.steps[0].reason == "used 4 d ago; min_free 50%: 100 inodes are free"
+
+    @pytest.mark.parametrize("rule", ["min_free", "max_used"])
+    def test_of_what_was_hidden_is_reclaimed_before_the_next_is_chosen(
+        self, store: Store, shelf: Shelf, disk: Disk, monkeypatch: pytest.MonkeyPatch, rule: str
+    ) -> None:
+        shelf(a=(None, 4 * DAY), b=(None, 3 * DAY), c=(None, 2 * DAY), d=(None, DAY))
+        disk(bytes=100, frees=lambda: not left_in_progress(store.root))
+        hide, left = EntryBackend.hide, list[str]()
+
+        def look_first(backend: EntryBackend, id: str) -> Path | None:
+            left.extend(left_in_progress(store.root))
+            return hide(backend, id)
+
+        monkeypatch.setattr(EntryBackend, "hide", look_first)
+        plan = store.prune(**{rule: {"min_free": "80%", "max_used": 200}[rule]})  # type: ignore[arg-type]
+
+        assert (gone(plan), plan.unmet) == (["a", "b"], ())
+        assert left == []
+
+    def test_of_large_results_does_not_wait_for_more(
+        self, store: Store, shelf: Shelf, disk: Disk, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("storebackends.prune.LARGE", 200)
+        shelf(a=(None, 4 * DAY), b=(None, 3 * DAY), c=(None, 2 * DAY))
+        disk(bytes=100)
+        waiting = list[int]()
+        hide = EntryBackend.hide
+
+        def count(backend: EntryBackend, id: str) -> Path | None:
+            waiting.append(len(left_in_progress(store.root)))
+            return hide(backend, id)
+
+        monkeypatch.setattr(EntryBackend, "hide", count)
+        plan = store.prune(all=True)
+
+        assert gone(plan) == ["a", "b", "c"]
+        assert waiting == [0, 1, 0]
 
     def test_that_nothing_can_free_is_said(self, store: Store, shelf: Shelf, disk: Disk) -> None:
         shelf(a=(None, DAY))
@@ -515,18 +571,82 @@ class TestMany:
         self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shelf(a=(None, 4 * DAY), b=(None, 3 * DAY), c=(None, 2 * DAY))
-        delete = EntryBackend.delete
+        hide = EntryBackend.hide
 
-        def interrupted(backend: EntryBackend, id: str) -> None:
+        def interrupted(backend: EntryBackend, id: str) -> Path | None:
             if id == "b":
                 raise KeyboardInterrupt
-            delete(backend, id)
+            return hide(backend, id)
 
-        monkeypatch.setattr(EntryBackend, "delete", interrupted)
+        monkeypatch.setattr(EntryBackend, "hide", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.prune(all=True)
 
         assert [row.id for row in store._index.rows()] == ["b", "c"] == sorted(store.ids())
+
+
+class TestHidden:
+    """What a prune has hidden, and not yet reclaimed."""
+
+    def test_is_trash_and_no_more_after_a_kill(self, store: Store, shelf: Shelf) -> None:
+        shelf(base=(None, 9 * DAY), a=("base", 3 * DAY), b=(None, 2 * DAY))
+
+        killed = python(KILLED, store.root)
+        killed.communicate(timeout=WAIT)
+
+        assert killed.returncode == 9
+        assert list(store.ids()) == ["b"]
+        assert sorted(name.partition("~")[0] for name in left_in_progress(store.root)) == ["a", "base"]
+        with open_copy(store.root) as again:
+            assert left_in_progress(store.root) == []
+            assert gone(again.prune(all=True)) == ["b"]
+
+    def test_is_nothing_that_fsck_minds(self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+        kinds, reclaim = list[set[str]](), EntryBackend.reclaim
+
+        def check_first(backend: EntryBackend, hidden: Path) -> None:
+            kinds.append({finding.kind for finding in store.fsck().findings})
+            reclaim(backend, hidden)
+
+        monkeypatch.setattr(EntryBackend, "reclaim", check_first)
+        store.prune(all=True)
+
+        assert kinds == [set(), set()]
+
+    def test_can_be_built_anew_at_once(self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+        reclaim = EntryBackend.reclaim
+
+        def build_first(backend: EntryBackend, hidden: Path) -> None:
+            store.build(hidden.name.partition("~")[0], writes(new="1")).release()
+            reclaim(backend, hidden)
+
+        monkeypatch.setattr(EntryBackend, "reclaim", build_first)
+        plan = store.prune(all=True)
+
+        assert gone(plan) == ["a", "b"]
+        assert sorted(store.ids()) == ["a", "b"] == sorted(row.id for row in store._index.rows())
+        with kept(store, "a") as result:
+            assert os.listdir(result.path) == ["new"]
+
+    def test_goes_though_the_prune_fails_midway(
+        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
+        hide = EntryBackend.hide
+
+        def interrupted(backend: EntryBackend, id: str) -> Path | None:
+            if id == "b":
+                raise KeyboardInterrupt
+            return hide(backend, id)
+
+        monkeypatch.setattr(EntryBackend, "hide", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.prune(all=True)
+
+        assert left_in_progress(store.root) == []
+        assert list(store.ids()) == ["b"]
 
 
 class TestBeforeABuild:
@@ -576,6 +696,13 @@ def test_the_how_to_works_as_it_is_written(tmp_path: Path, capsys: pytest.Captur
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["app-0", "app-1", "app-2", "app-3"]
 
 
+KILLED = """if True:
+    import os, sys, tests.stores as stores
+    from storebackends.entries import EntryBackend
+    EntryBackend.reclaim = lambda *_: os._exit(9)  # nothing is done after it
+    with stores.open_copy(stores.Path(sys.argv[1])) as store:
+        store.prune(max_items=1)
+"""
 HOLDER = """if True:
     import sys, tests.stores as stores
     store = stores.open_copy(stores.Path(sys.argv[1]))

@@ -11,6 +11,7 @@ class CopyBackend(EntryBackend):
     """See the module; keeps whatever `trees.copy` keeps on the store's file system."""
 
     options: CopyOptions
+    may_wait = True
 
     def open(self) -> None:
         """Raises NotSupported where blocks are to be shared and cannot be."""

@@ -27,6 +27,7 @@ class RsyncBackend(EntryBackend):
     """See the module and `RsyncOptions.mode`."""
 
     options: RsyncOptions
+    may_wait = True
 
     def open(self) -> None:
         """Raises NotSupported where there is no fitting rsync."""
