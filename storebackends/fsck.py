@@ -151,7 +151,8 @@ class Check:
     def _trash(self) -> Iterator[tuple[str, Problem]]:
         trash = self._root / "trash"
         left = []
-        if alone := self._locks.try_use(PRUNING):  # else what a prune has hidden waits there for its turn
+        # A disk that turned read-only refuses the lock; with nothing in the trash none is needed.
+        if os.listdir(trash) and (alone := self._locks.try_use(PRUNING)):  # else what a prune has hidden waits there
             with alone:
                 left = [trash / name for name in sorted(os.listdir(trash)) if self._is_left(trash / name)]
         for path in left:  # all are told before one repair removes them all

@@ -62,7 +62,7 @@ def test_a_session_whose_test_forgets_a_process_fails_and_names_it(tmp_path: Pat
         "    os.set_inheritable(writing, True)\n"
         "    pid = subprocess.Popen(['cat'], stdin=reading).pid\n"
     )
-    for name in ("__init__", "conftest", "capabilities", "leftovers"):
+    for name in ("__init__", "conftest", "capabilities", "containerd", "dockerd", "leftovers"):
         (tests / f"{name}.py").write_text((Path(__file__).parent / f"{name}.py").read_text())
     (tmp_path / "pyproject.toml").write_text((PROJECT / "pyproject.toml").read_text())
 

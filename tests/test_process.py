@@ -55,6 +55,14 @@ def run(cancel: Cancel, said: bytearray) -> Run:
     return run
 
 
+def has_zombie() -> bool:
+    """Whether a child of this process has ended and nobody reaped it. A daemon of other tests may still run."""
+    try:
+        return os.waitpid(-1, os.WNOHANG) != (0, 0)
+    except ChildProcessError:
+        return False
+
+
 def alive(pid: int) -> bool:
     """Whether *pid* is a process that still runs: a zombie does not."""
     try:
@@ -355,8 +363,7 @@ def test_many_commands_leave_no_descriptor_and_no_zombie(
         assert run("sh", "-c", f"cat; exit {n}", input=b"x" if n % 2 else None, capture=n % 3 == 0).returncode == n
 
     assert os.listdir("/proc/self/fd") == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert not has_zombie()
 
 
 def _forbidden(pid: int) -> int:
@@ -479,8 +486,7 @@ def test_tool_leaves_no_descriptor_and_no_zombie() -> None:
         process.tool(["sh", "-c", "cat"], input=b"x")
 
     assert os.listdir("/proc/self/fd") == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert not has_zombie()
 
 
 # starting a program
@@ -536,8 +542,7 @@ def test_detached_program_that_ends_first_leaves_no_zombie() -> None:
         if thread.name == "wait for true":
             thread.join()
 
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert not has_zombie()
 
 
 def test_detached_program_that_is_missing_is_an_error() -> None:

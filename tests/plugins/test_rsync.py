@@ -160,7 +160,9 @@ def test_a_copy_inherits_nothing_from_a_default_acl_of_the_store(tmp_path: Path)
     backend = opened(tmp_path / "store")
     base = publish(backend, "base", {"file": b"x"})
     if sys.platform == "linux":
-        os.setxattr(backend.in_progress, "system.posix_acl_default", ACL)
+        # Its owner may enter what inherits it.
+        default = struct.pack("<I" + "HHi" * 5, 2, 1, 7, -1, 2, 4, 1, 4, 4, -1, 16, 4, -1, 32, 0, -1)
+        os.setxattr(backend.in_progress, "system.posix_acl_default", default)
 
     child = publish(backend, "child", {}, base="base")
 
