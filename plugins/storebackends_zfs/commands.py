@@ -8,10 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import re
+import sys
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from storebackends.plugin import Busy, CommandFailed, Finished, NoSpace, NotSupported, StoreError, tool
 
@@ -29,10 +31,34 @@ _MISSING = re.compile(r"does not exist|no such pool", re.IGNORECASE)
 _BUSY = re.compile(r"is busy|resource busy", re.IGNORECASE)
 
 
-def run(argv: Sequence[str], *, timeout: float = 600, ok: Container[int] = (0,)) -> Finished:
+def run(
+    argv: Sequence[str], *, timeout: float = 600, ok: Container[int] = (0,), stdin: IO[bytes] | None = None
+) -> Finished:
     """Start one of the commands, or sudo."""
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *_SBIN])
-    return tool(argv, timeout=timeout, ok=ok, env={"PATH": path})
+    return tool(argv, timeout=timeout, ok=ok, env={"PATH": path}, input=stdin)
+
+
+@contextmanager
+def claimed(record: Path) -> Iterator[IO[bytes]]:
+    """Lock the *record* of a dataset, once nobody else has it; what is started with the file as its input has it too.
+
+    A process that is killed leaves its command running, and what that makes may come after everybody has looked for it.
+    So the command that makes a dataset holds its record, and who removes the dataset waits for it.
+    """
+    with record.open("rb") as file:
+        _flock(file, "LOCK_EX")
+        try:
+            yield file
+        finally:  # not by closing: a child on its way to exec may have a copy of the descriptor
+            _flock(file, "LOCK_UN")
+
+
+def _flock(file: IO[bytes], operation: str) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, getattr(fcntl, operation))
 
 
 def may_mount() -> bool:
@@ -61,18 +87,22 @@ class Zfs:
     def __init__(self, sudo: bool) -> None:
         self.sudo = sudo
 
-    def __call__(self, *arguments: str) -> None:
-        """Change something: `zfs ARGUMENTS`, by sudo if need be. Raises CommandFailed, NoSpace or NotSupported."""
-        self.run("zfs", *arguments)
+    def __call__(self, *arguments: str, record: IO[bytes] | None = None) -> None:
+        """Change something: `zfs ARGUMENTS`, by sudo if need be. Raises CommandFailed, NoSpace or NotSupported.
+
+        What makes a dataset gets its *record*, as claimed() gave it.
+        """
+        # A copy, since what is handed over is closed in the end.
+        self.run("zfs", *arguments, stdin=record and os.fdopen(os.dup(record.fileno()), "rb"))
 
     def prefixed(self, *argv: str) -> list[str]:
         """A command that takes root's rights."""
         return ["sudo", "-n", *argv] if self.sudo else [*argv]
 
-    def run(self, *argv: str) -> None:
+    def run(self, *argv: str, stdin: IO[bytes] | None = None) -> None:
         """Start a command that takes root's rights."""
         try:
-            run(self.prefixed(*argv))
+            run(self.prefixed(*argv), stdin=stdin)
         except CommandFailed as error:
             if self.sudo and error.stderr.startswith("sudo:"):
                 fix = f"allow this user to run {argv[0]} as root without a password, in sudoers"

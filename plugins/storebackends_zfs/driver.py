@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from storebackends.plugin import (
     CacheEntry,
@@ -38,7 +39,7 @@ from storebackends.plugin import (
 )
 
 from . import ZfsOptions, explained, probe
-from .commands import Zfs, has_clones, is_missing, may_mount, mount, mounts_below, run, use
+from .commands import Zfs, claimed, has_clones, is_missing, may_mount, mount, mounts_below, run, use
 
 log = logging.getLogger(__name__)
 
@@ -128,22 +129,25 @@ class ZfsBackend(EntryBackend):
         name = _attempt(entry)
         if source is None:
             Tree(name).save(entry.tree_record)
-            self._zfs("create", "-o", "readonly=off", f"{self._home}/{name}")
+            with claimed(entry.tree_record) as record:
+                self._zfs("create", "-o", "readonly=off", f"{self._home}/{name}", record=record)
             if self._zfs.sudo:
                 us = os.stat(self._trees)
                 self._zfs.run("chown", f"{us.st_uid}:{us.st_gid}", str(self._trees / name))
         else:
             base = self._load(source)
             Tree(name, base.nested).save(entry.tree_record)
-            self._clone(source, base, name)
+            with claimed(entry.tree_record) as record:
+                self._clone(source, base, name, record)
         self.tree(entry)  # StoreError unless it is mounted
 
-    def _clone(self, source: Entry, base: Tree, name: str) -> None:
+    def _clone(self, source: Entry, base: Tree, name: str, record: IO[bytes]) -> None:
+        old, new = f"{self._home}/{base.name}", f"{self._home}/{name}"
         try:
-            self._zfs("clone", "-o", "readonly=off", f"{self._home}/{base.name}@{SEALED}", f"{self._home}/{name}")
+            self._zfs("clone", "-o", "readonly=off", f"{old}@{SEALED}", new, record=record)
             for child, where in sorted(base.nested.items()):
                 at = () if where == child else ("-o", f"mountpoint={self._trees / name / where}")
-                self._zfs("clone", *at, f"{self._home}/{base.name}/{child}@{SEALED}", f"{self._home}/{name}/{child}")
+                self._zfs("clone", *at, f"{old}/{child}@{SEALED}", f"{new}/{child}", record=record)
         except CommandFailed as error:
             if is_missing(error):
                 raise self._gone(source, base.name) from error
@@ -193,6 +197,8 @@ class ZfsBackend(EntryBackend):
         except StoreError as error:  # a power cut: sweep() finds the dataset by itself
             log.warning("%s", error)
         else:
+            with claimed(folder / "tree.json"):  # a command of a killed builder may still be making it
+                pass
             self._destroy(name)
         super().remove(folder)
 

@@ -13,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -92,11 +92,19 @@ def work(config: Config, name: str, lifeline: Connection) -> None:
             thread.join()
     if left := _open_files() - before:
         journal("violation", what=f"descriptors are left: {dict(left)}")
-    if names := [thread.name for thread in threading.enumerate()[1:] if thread.name != "storebackends-inotify"]:
+    if names := list(_threads_left()):
         journal("violation", what=f"threads are left: {names}")
     if not config.forks and (children := Path("/proc/thread-self/children").read_text()):
         journal("violation", what=f"processes are left: {children}")
     journal("closed")
+
+
+def _threads_left() -> Iterator[str]:
+    for thread in threading.enumerate()[1:]:
+        if thread.name != "storebackends-inotify":  # which is for good
+            thread.join(10)  # sh cancels a timer of its own, and does not wait for that to see it
+            if thread.is_alive():
+                yield thread.name
 
 
 def _open_files() -> Counter[str]:
