@@ -90,10 +90,10 @@ def work(config: Config, name: str, lifeline: Connection) -> None:
             _linger(config, lifeline)
         for thread in threads:
             thread.join()
-    if left := _open_files() - before:
-        journal("violation", what=f"descriptors are left: {dict(left)}")
     if names := list(_threads_left()):
         journal("violation", what=f"threads are left: {names}")
+    if left := _open_files() - before:
+        journal("violation", what=f"descriptors are left: {dict(left)}")
     if not config.forks and (children := Path("/proc/thread-self/children").read_text()):
         journal("violation", what=f"processes are left: {children}")
     journal("closed")
