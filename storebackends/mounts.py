@@ -1,7 +1,7 @@
 """Mounting without a program: what backends do whose trees are mounted. Linux's; elsewhere all of it is NotSupported.
 
-A mount made here is private: what a build mounts inside of it shows nowhere else. Nothing is ever detached lazily: what
-still uses a mount that only seems gone could write into a published tree.
+A mount made here is private: what a build mounts inside of it shows nowhere else. What is to be published is never
+detached lazily: who still uses a mount that only seems gone could write into the published tree.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _PAGE = 4095
 """What mount(2) takes of a file system's own options, in bytes."""
 _STRING = 255
 """And fsconfig(2) of one of them."""
-_NOFOLLOW = 8
-_TRIES = 1000
-_PATIENCE, _PAUSE = 40, 0.025
+_DETACH, _NOFOLLOW = 2, 8
+_NOTHING_THERE = (errno.EINVAL, errno.ENOENT)
+_FOLDER = getattr(os, "O_PATH", 0) | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_PATIENCE, _PAUSE = 100, 0.05
 """How often, and after how many seconds each, an unmount is tried again where something is in use."""
 
 # The numbers of the newer calls are the same on all architectures.
@@ -80,34 +81,62 @@ def mount(kind: str, source: str, target: Path, options: Sequence[str] = ()) -> 
         undo.pop_all()
 
 
-def unmount(target: Path) -> None:
-    """Unmount all that is mounted on *target* and below, deepest first. Nothing there is fine.
+def unmount(target: str | os.PathLike[str]) -> bool:
+    """Undo all that is mounted on *target* and below, deepest first; False where nothing was.
 
-    Raises Busy with the holders where something is in use; then it, and what it lies in, stays mounted.
+    No link below it is followed. Raises Busy with the holders where something is in use; then it, and what it lies in,
+    stays mounted, since whoever has it open could go on writing to it unseen.
     """
-    patience = _PATIENCE
-    for _ in range(_TRIES):
-        mounted = below(target)
-        if not mounted:
-            return
-        point = mounted[-1].path
-        if os.path.realpath(point) != point:
-            raise StoreError(f"cannot unmount {point}: a link was put into its way; unmount it by hand")
-        if _libc().umount2(os.fsencode(point), _NOFOLLOW) != 0:
-            number = ctypes.get_errno()
-            if number == errno.EBUSY and patience:
-                # A program that is just being started may still have a copy of what another thread had open there.
-                patience -= 1
-                threading.Event().wait(_PAUSE)
-            elif number == errno.EBUSY:
-                held = list(holders(Path(point)))
-                raise Busy(point, f"{', '.join(held) or 'a process that cannot be seen'} has it in use; end that", held)
-            elif number not in (errno.EINVAL, errno.ENOENT):  # else another process was first
-                raise _explained(f"unmount {point}", number)
-    raise StoreError(f"cannot unmount {target}: something mounts there as fast as it is unmounted")
+    point, done, number = os.fspath(target), False, 0
+    for _ in range(_PATIENCE):
+        while not (number := _umount(point)):
+            done = True
+        if number in _NOTHING_THERE and (done or not below(point)):
+            return done
+        if number not in (*_NOTHING_THERE, errno.EBUSY):
+            break
+        if not _unmount_inside(point):
+            # A program that is just being started may still have a copy of what another thread had open there.
+            threading.Event().wait(_PAUSE)
+    if number not in (*_NOTHING_THERE, errno.EBUSY):
+        raise _explained(f"unmount {point}", number)
+    inner = below(point)[-1].path
+    held = list(holders(inner))
+    raise Busy(inner, f"{', '.join(held) or 'a process that cannot be seen'} has it in use; end that", held)
 
 
-def below(folder: Path) -> list[MountPoint]:
+def detach(target: str | os.PathLike[str]) -> None:
+    """As unmount(), and at once, for what is thrown away: what is open there stays so until it is closed."""
+    while not (number := _umount(os.fspath(target), _DETACH)):
+        pass
+    if number not in _NOTHING_THERE:
+        raise _explained(f"unmount {target}", number)
+
+
+def _unmount_inside(point: str) -> bool:
+    """Unmount what is mounted below *point*, the deepest first; False where nothing could be."""
+    top, done = os.path.realpath(point), False
+    for path in sorted((found.path for found in below(top)), key=len, reverse=True):
+        if path != top:
+            with suppress(OSError):
+                done |= _unmount_at(top, path.removeprefix(f"{top}/").split("/"))
+    return done
+
+
+def _unmount_at(point: str, names: Sequence[str]) -> bool:
+    """Go down folder by folder: a build may put a link in the place of one, to have us unmount something else."""
+    fd = os.open(point, _FOLDER)
+    try:
+        for name in names[:-1]:
+            below = os.open(name, _FOLDER, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        return not _umount(f"/proc/self/fd/{fd}/{names[-1]}")
+    finally:
+        os.close(fd)
+
+
+def below(folder: str | os.PathLike[str]) -> list[MountPoint]:
     """What is mounted on *folder* and below: each after what it lies on or in."""
     top = os.path.realpath(folder)
     return [point for point in mounted() if point.path == top or point.path.startswith(f"{top}/")]
@@ -134,34 +163,45 @@ def _plain(text: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), text)
 
 
-def holders(folder: Path) -> Iterator[str]:
+def holders(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Who keeps *folder* from being unmounted, for a message; of other users' processes only root is told."""
     top = os.path.realpath(folder)
+    device = _own_device(top)
     for pid in os.listdir("/proc") if os.path.isdir("/proc/self/fd") else ():
-        if pid.isdecimal() and (held := _held(pid, top)):
-            yield f"pid {pid} ({_command(pid)}): {held}"
+        if pid.isdecimal() and (held := _held(pid, top, device)):
+            yield f"{_program(pid)}: {held}"
 
 
-def _held(pid: str, top: str) -> str:
+def _own_device(top: str) -> int | None:
+    """What tells the files of what is mounted there from all others, by whatever path a process of another namespace
+    has them; None where the file system is seen elsewhere, too.
+    """
+    table = mounted()
+    devices = [found.device for found in table if found.path == top]
+    shown = {found.path for found in table if found.device in devices[-1:]}
+    return os.stat(top).st_dev if shown == {top} else None
+
+
+def _held(pid: str, top: str, device: int | None) -> str:
     links = [f"/proc/{pid}/{name}" for name in ("cwd", "root", "exe")]
     for kind in ("fd", "map_files"):
         with suppress(OSError):  # it ended, or is another user's
             links += [f"/proc/{pid}/{kind}/{name}" for name in os.listdir(f"/proc/{pid}/{kind}")]
     for link in links:
-        try:
+        with suppress(OSError):
             target = os.readlink(link)
-        except OSError:
-            continue
-        if target == top or target.startswith(f"{top}/"):
-            return target
+            if target == top or target.startswith(f"{top}/") or (device and os.stat(link).st_dev == device):
+                return target
     return ""
 
 
-def _command(pid: str) -> str:
+def _program(pid: str) -> str:
+    if pid == str(os.getpid()):
+        return "this process"
     try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        return f"pid {pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
     except OSError:
-        return "ended"
+        return f"pid {pid} (ended)"
 
 
 # The system calls.
@@ -175,6 +215,13 @@ def _libc() -> ctypes.CDLL:
     if library is None:
         raise NotSupported("mounting", "only Linux mounts trees this way")
     return library
+
+
+def _umount(point: str, flags: int = 0) -> int:
+    """Undo the topmost mount on *point*; the number of the error, 0 if it was done."""
+    if _libc().umount2(os.fsencode(point), flags | _NOFOLLOW) == 0:
+        return 0
+    return ctypes.get_errno()
 
 
 def _mount(source: str, target: Path, kind: str | None, flags: int, data: str) -> None:

@@ -15,7 +15,6 @@ folder from the first: written to directly, that could be given marks which hide
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import logging
@@ -32,6 +31,7 @@ from typing import NamedTuple
 
 from storebackends.plugin import (
     BuildFailed,
+    Busy,
     CacheEntry,
     Capability,
     Entry,
@@ -43,6 +43,7 @@ from storebackends.plugin import (
     Size,
     StoreError,
     check_id,
+    mounts,
     trees,
 )
 
@@ -130,12 +131,10 @@ class OverlayBackend(EntryBackend):
             return
         point = self._point(entry)
         try:
-            if not mounting.unmount(point) and os.path.isdir(point):  # else an earlier try came as far as that
+            if not mounts.unmount(point) and os.path.isdir(point):  # else an earlier try came as far as that
                 raise BuildFailed(entry.id, entry.attempt, "somebody unmounted its tree, so that it is not whole")
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            held = ", ".join(mounting.inside(point) or mounting.holders(point)) or "a process that cannot be seen"
+        except Busy as error:
+            held = error.id if error.id != point else ", ".join(error.holders) or "a process that cannot be seen"
             reason = f"its tree cannot be unmounted: {held} keeps it in use; end that, or close what is open"
             raise BuildFailed(entry.id, entry.attempt, reason) from error
         with suppress(FileNotFoundError):

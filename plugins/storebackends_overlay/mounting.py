@@ -1,4 +1,4 @@
-"""Mounting overlays and unmounting them: system calls only, no program, no link followed.
+"""Mounting overlays: system calls only, no program, no link followed.
 
 By fsopen(2) and its kin, which take any number of layers, each as an open folder (Linux 6.13) or as a path (6.7).
 Before that by mount(2), whose options have to fit on one page: so a layer is named by its descriptor, /proc/self/fd/N.
@@ -10,12 +10,12 @@ import ctypes
 import errno
 import functools
 import os
-import re
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
+
+from storebackends.plugin import mounts
 
 assert sys.platform == "linux", "overlayfs is a file system of Linux"  # noqa: S101 (tells the type checker, too)
 
@@ -27,10 +27,8 @@ _CLOEXEC = 1  # of fsopen(2) and of fsmount(2)
 _SET_FLAG, _SET_STRING, _SET_FD, _CREATE = 0, 1, 5, 6
 _ATTR_RDONLY, _FROM_EMPTY_PATH, _AT_FDCWD = 1, 4, -100
 _MS_RDONLY, _MS_PRIVATE = 1, 1 << 18
-_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 _PAGE = 4095
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_TRIES, _PAUSE = 100, 0.05  # a process that was just killed, or a scanner, lets go within moments
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -59,7 +57,7 @@ def mount(
     try:
         _mount(None, point, None, _MS_PRIVATE, None)
     except OSError:
-        detach(point)
+        mounts.detach(point)
         raise
 
 
@@ -71,7 +69,7 @@ def unseen(point: str, layers: Sequence[str], upper: str, work: str, *, unprivil
         try:
             yield point
         finally:
-            detach(point)
+            mounts.detach(point)
     else:
         fd = _detached(layers, upper, work, unprivileged)
         try:
@@ -152,106 +150,6 @@ def _folders(lower: str, layers: Sequence[str], upper: str | None, work: str | N
         yield from (("upperdir", upper), ("workdir", work))
 
 
-# Unmounting.
-
-
-def unmount(point: str) -> bool:
-    """Undo all that is mounted on *point* and inside of it; False where nothing was.
-
-    Raises OSError EBUSY where something stays open there: whoever has it open could go on writing to it unseen, so it
-    stays mounted.
-    """
-    done = False
-    for _ in range(_TRIES):
-        try:
-            while _unmount(point, 0):
-                done = True
-        except OSError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            busy = error
-        else:
-            return done
-        if not _unmount_inside(point):
-            threading.Event().wait(_PAUSE)
-    raise busy
-
-
-def detach(point: str) -> None:
-    """As unmount(), and at once, for a tree that nobody needs: what is open there stays so until it is closed."""
-    while _unmount(point, _MNT_DETACH):
-        pass
-
-
-def inside(folder: str) -> list[str]:
-    """The mount points below a folder, in this namespace."""
-    with open("/proc/self/mountinfo", "rb") as file:
-        points = [line.split(b" ")[4] for line in file]
-    # Blanks and the like are written as \040.
-    paths = [os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), point)) for point in points]
-    return [path for path in paths if path.startswith(f"{folder}/")]
-
-
-def _unmount_inside(point: str) -> bool:
-    """Unmount what is mounted below *point*, the deepest first; False where nothing could be."""
-    done = False
-    for path in sorted(inside(point), key=len, reverse=True):
-        with suppress(OSError):
-            done |= _unmount_at(point, path.removeprefix(f"{point}/").split("/"))
-    return done
-
-
-def _unmount_at(point: str, names: Sequence[str]) -> bool:
-    """Go down folder by folder: a build may put a link in the place of one, to have us unmount something else."""
-    fd = os.open(point, _FOLDER)
-    try:
-        for name in names[:-1]:
-            below = os.open(name, _FOLDER, dir_fd=fd)
-            os.close(fd)
-            fd = below
-        return _unmount(f"{_named(fd)}/{names[-1]}", 0)
-    finally:
-        os.close(fd)
-
-
-def _unmount(point: str, flags: int) -> bool:
-    """Undo the topmost mount on *point*; False where nothing is mounted there, or nothing is there."""
-    if _libc.umount2(os.fsencode(point), flags | _UMOUNT_NOFOLLOW) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOENT):
-        return False
-    raise OSError(code, os.strerror(code), point)
-
-
-# Who is in the way.
-
-
-def holders(point: str) -> list[str]:
-    """Who has something open in what is mounted on *point*, for a message. What this user may not see is left out."""
-    device = os.stat(point).st_dev
-    return [_program(pid) for pid in os.listdir("/proc") if pid.isdecimal() and _holds(pid, device)]
-
-
-def _holds(pid: str, device: int) -> bool:
-    links = ["cwd", "root", "exe"]
-    with suppress(OSError):
-        links += [f"fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
-    for link in links:
-        with suppress(OSError):
-            if os.stat(f"/proc/{pid}/{link}").st_dev == device:
-                return True
-    return False
-
-
-def _program(pid: str) -> str:
-    if pid == str(os.getpid()):
-        return "this process"
-    with suppress(OSError), open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-        return f"pid {pid} ({file.read().strip()})"
-    return f"pid {pid}"
-
-
 # The system calls.
 
 
@@ -290,7 +188,9 @@ def _said(context: int) -> str:
 
 
 def _call(what: str, number: int, *arguments: int | bytes | None) -> int:
-    result: int = _libc.syscall(number, *arguments)
+    # As long ones: the variadic syscall() would read an int's upper half from what lies about.
+    given = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments]
+    result: int = _libc.syscall(ctypes.c_long(number), *given)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")

@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from storebackends.plugin import Locks, trees
+from storebackends.plugin import Locks, mounts, trees
 
 assert sys.platform == "linux", "overlayfs is a file system of Linux"  # noqa: S101 (tells the type checker, too)
-
-from . import mounting  # noqa: E402
 
 
 class Views:
@@ -108,7 +106,7 @@ def stale(room: str, locks: Locks) -> Iterator[str]:
 
 def unmount_and_remove(point: str) -> None:
     """Undo what is mounted on a folder, and remove that. Idempotent."""
-    mounting.detach(point)
+    mounts.detach(point)
     try:
         os.rmdir(point)
     except FileNotFoundError:
@@ -121,8 +119,8 @@ def unmount_and_remove(point: str) -> None:
 
 def remove_all(folder: str) -> None:
     """Undo what is mounted in a folder, and remove all of that. Idempotent."""
-    for point in mounting.inside(folder):
-        mounting.detach(point)
+    for point in mounts.below(folder):
+        mounts.detach(point.path)
     trees.remove(Path(folder))
 
 

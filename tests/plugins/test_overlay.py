@@ -20,7 +20,7 @@ import pydantic
 import pytest
 
 import storebackends
-from storebackends import BuildFailed, NotFound, NotSupported, Store, StoreError, Workspace, process
+from storebackends import BuildFailed, NotFound, NotSupported, Store, StoreError, Workspace, mounts, process
 from storebackends.backend import Capability
 from storebackends.ids import new_attempt
 from storebackends.testing.fidelity import _Edits
@@ -79,7 +79,7 @@ def tree_of(backend: OverlayBackend, id: str, base: str | None = None) -> Path:
 
 def points(folder: Path) -> list[str]:
     """What is mounted below a folder."""
-    return mounting.inside(str(folder))
+    return [found.path for found in mounts.below(folder) if found.path != str(folder)]
 
 
 def _mark(path: Path, name: str, value: bytes) -> None:
@@ -111,7 +111,7 @@ def test_on_an_overlay_there_is_none_and_it_is_said_where(disk: Path) -> None:
         with pytest.raises(NotSupported, match="tmpfs"):
             opened(Path(merged, "store"))
     finally:
-        mounting.unmount(merged)
+        mounts.unmount(merged)
 
     assert not support.usable
     assert "ext4, XFS, btrfs or tmpfs" in support.fix
@@ -355,7 +355,7 @@ def test_a_tree_that_somebody_unmounts_while_it_is_built_is_not_published(disk: 
 def test_a_tree_in_which_a_mount_is_in_use_is_not_published_and_it_is_said_where(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounting, "_TRIES", 2)
+    monkeypatch.setattr(mounts, "_PATIENCE", 2)
     with ExitStack() as held:
 
         def function(work: Workspace) -> None:
@@ -377,7 +377,7 @@ def test_a_link_in_the_place_of_a_folder_does_not_lead_to_another_mount(disk: Pa
     run("mount", "-t", "tmpfs", "tmpfs", disk / "outside" / "mnt")
     try:
         with pytest.raises(OSError, match=os.strerror(errno.ENOTDIR)):
-            mounting._unmount_at(str(disk / "tree"), ["link", "mnt"])
+            mounts._unmount_at(str(disk / "tree"), ["link", "mnt"])
         assert points(disk) == [f"{disk}/outside/mnt"]
     finally:
         run("umount", disk / "outside" / "mnt")
@@ -403,7 +403,7 @@ def test_nothing_that_is_mounted_in_a_tree_spreads(disk: Path) -> None:
 def test_a_tree_that_is_still_open_elsewhere_is_not_published_and_it_is_said_by_whom(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounting, "_TRIES", 2)
+    monkeypatch.setattr(mounts, "_PATIENCE", 2)
     with ExitStack() as held:
 
         def function(work: Workspace) -> None:
@@ -430,7 +430,7 @@ def test_a_tree_that_is_still_open_elsewhere_is_not_published_and_it_is_said_by_
 
 
 def test_a_file_that_the_function_itself_left_open_is_named_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounting, "_TRIES", 2)
+    monkeypatch.setattr(mounts, "_PATIENCE", 2)
     left = []
 
     def function(work: Workspace) -> None:
@@ -598,7 +598,9 @@ def test_a_kill_at_any_system_call_of_a_mount_leaves_nothing_that_an_open_does_n
             return getattr(self._library, name)
 
     def act(other: Store, after: int) -> None:
-        monkeypatch.setattr(mounting, "_libc", Dying(mounting._libc, after))
+        library = Dying(mounting._libc, after)
+        monkeypatch.setattr(mounting, "_libc", library)
+        monkeypatch.setattr(mounts, "_libc", lambda: library)
         with other.build("id", writes(g="2"), base="base") as result:
             assert files(result.path) == {"f": "1", "g": "2"}
         (disk / "whole").touch()
