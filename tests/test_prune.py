@@ -583,6 +583,7 @@ class TestMany:
             store.prune(all=True)
 
         assert [row.id for row in store._index.rows()] == ["b", "c"] == sorted(store.ids())
+        assert left_in_progress(store.root) == []
 
 
 class TestHidden:
@@ -629,24 +630,6 @@ class TestHidden:
         assert sorted(store.ids()) == ["a", "b"] == sorted(row.id for row in store._index.rows())
         with kept(store, "a") as result:
             assert os.listdir(result.path) == ["new"]
-
-    def test_goes_though_the_prune_fails_midway(
-        self, store: Store, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        shelf(a=(None, 3 * DAY), b=(None, 2 * DAY))
-        hide = EntryBackend.hide
-
-        def interrupted(backend: EntryBackend, id: str) -> Path | None:
-            if id == "b":
-                raise KeyboardInterrupt
-            return hide(backend, id)
-
-        monkeypatch.setattr(EntryBackend, "hide", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.prune(all=True)
-
-        assert left_in_progress(store.root) == []
-        assert list(store.ids()) == ["b"]
 
 
 class TestBeforeABuild:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,11 +47,27 @@ def test_windows_refuses_to_rename_a_folder_with_an_open_file(folder: Path) -> N
     assert getattr(refusal.value, "winerror", None) == 5
 
 
-def test_a_rename_waits_for_a_program_that_lets_go(folder: Path) -> None:
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a call was refused, and is to be tried again."""
+    event = threading.Event()
+    sleep = time.sleep
+
+    def pause(seconds: float) -> None:
+        event.set()
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", pause)
+    return event
+
+
+@needs("windows")
+def test_a_rename_waits_for_a_program_that_lets_go(folder: Path, refused: threading.Event) -> None:
     with opened(folder / "file") as program:
         assert program.stdin
         rename = threading.Thread(target=renames.rename, args=(folder, folder.with_name("new")), daemon=True)
         rename.start()
+        assert refused.wait(PATIENCE)
         program.stdin.close()
         rename.join(PATIENCE)
 
@@ -58,11 +75,13 @@ def test_a_rename_waits_for_a_program_that_lets_go(folder: Path) -> None:
     assert (folder.with_name("new") / "file").read_text() == "content"
 
 
-def test_a_removal_waits_for_a_program_that_lets_go(folder: Path) -> None:
+@needs("windows")
+def test_a_removal_waits_for_a_program_that_lets_go(folder: Path, refused: threading.Event) -> None:
     with opened(folder / "file") as program:
         assert program.stdin
         removal = threading.Thread(target=trees.remove, args=(folder,), daemon=True)
         removal.start()
+        assert refused.wait(PATIENCE)
         program.stdin.close()
         removal.join(PATIENCE)
 
