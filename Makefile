@@ -8,7 +8,7 @@ PACKAGES := acl attr btrfs-progs bubblewrap busybox-static containerd docker.io 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-windows test-zfs wheel-test check docs soak bench packages clean
+.PHONY: help demo test test-windows test-zfs wheel-test check docs soak bench bench-docs packages clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 16
@@ -45,8 +45,11 @@ soak: $(READY) packages ## the long tests
 	$(BIN)/pytest -m soak --timeout 3600
 
 bench: $(READY) packages ## measure, compare and hold to the ratios promised
-	$(BIN)/python -m tests.benchmarks
-	echo "cd suite && python3 -m tests.benchmarks --only zfs" | .ci/zfs/run
+	.ci/bench dist/benchmarks
+
+bench-docs: ## write the figures of the last `make bench` into the documentation
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --group report
+	$(BIN)/python -m tests.benchmarks.report dist/benchmarks/*.json
 
 packages: $(READY)
 	@.ci/debian $(PACKAGES)

@@ -18,12 +18,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("--only", metavar="NAME", action="append", choices=names, help=f"of {', '.join(names)}")
     parser.add_argument("--json", action="store_true", help="every figure, instead of a table")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write what --json prints to FILE, too")
     arguments = parser.parse_args()
+    facts: dict[str, object] = machine()  # of the load before
     outcomes = [outcome for name in arguments.only or names for outcome in run(name)]
+    said = json.dumps({**facts, "cases": [outcome.facts() for outcome in outcomes]}, indent=1)
+    if arguments.save:
+        arguments.save.write_text(said, encoding="utf-8")
     if arguments.json:
-        json.dump({**machine(), "cases": [outcome.facts() for outcome in outcomes]}, sys.stdout, indent=1)
+        print(said)
     else:
-        print_table(outcomes)
+        print_table(outcomes, facts)
     return 0 if all(outcome.kept for outcome in outcomes) else 1
 
 

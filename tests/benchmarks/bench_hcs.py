@@ -44,7 +44,7 @@ def _steps(root: Path, daemon: Daemon, snapshotter: str) -> Iterator[Case]:
             tool([*words, "commit", f"{key}-committed", key])
 
         yield Case(
-            f"step on {snapshotter}",
+            f"hcs: step, snapshotter {snapshotter}",
             milliseconds(lambda: store.build(next(ours), writes(b="2"), base="base").release()),
             milliseconds(bare),
             "ctr prepare and ctr commit",

@@ -31,7 +31,7 @@ def cases() -> Iterator[Case]:
             warm_up=False,
         )
         yield Case(
-            "the same",
+            "prune 10000 results, each",
             lambda: _prune(folder / f"ours-{next(numbers)}"),
             lambda: _remove(folder / f"theirs-{next(numbers)}", _unlink_each),
             "unlink and rmdir by names known before, without a look",

@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,7 @@ class Outcome:
             "ratio": self.ratio,
             "at_most": case.at_most,
             "at_least": case.at_least,
+            "gate": self.gate,
             "kept": self.kept,
         }
 
@@ -127,16 +128,15 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def print_table(outcomes: Sequence[Outcome]) -> None:
-    """All outcomes as a table."""
-    facts = machine()
+def print_table(outcomes: Sequence[Outcome], facts: Mapping[str, object]) -> None:
+    """All outcomes as a table, under what is known of the machine."""
     title = ", ".join(str(facts[key]) for key in ("date", "system", "python")) + f", {facts['cpus']} CPUs"
     table = Table("what", "ours", "beside", "theirs", "ratio", "gate", "met", title=f"{title}, load {facts['load']}")
     for outcome in outcomes:
         case, ratio = outcome.case, outcome.ratio
-        theirs = _spread(outcome.theirs, case.unit) if outcome.theirs else ""
+        theirs = spread(outcome.theirs, case.unit) if outcome.theirs else ""
         met = ("yes" if outcome.kept else "NO") if outcome.gate else ""
-        ours = _spread(outcome.ours, case.unit)
+        ours = spread(outcome.ours, case.unit)
         table.add_row(case.name, ours, case.beside, theirs, f"{ratio:.2f}" if ratio else "", outcome.gate, met)
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 
@@ -152,7 +152,7 @@ def machine() -> dict[str, object]:
     }
 
 
-def _spread(figures: Sequence[float], unit: str) -> str:
+def spread(figures: Sequence[float], unit: str) -> str:
     """The median and the middle half."""
     if len(figures) == 1:
         return f"{figures[0]:.4g} {unit}"
