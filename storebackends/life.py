@@ -103,8 +103,12 @@ class Life:
     def _make(self, running: Running, fn: Function, record: Record) -> None:
         if record.base is not None:
             self._index.add(record.id, record.attempt, record.base)
-        with explained(f"beginning the build of {record.id!r}", self._root):
-            entry = self._backend.build(record.id, record.base, record.attempt, record)
+        try:
+            with explained(f"beginning the build of {record.id!r}", self._root):
+                entry = self._backend.build(record.id, record.base, record.attempt, record)
+        except BaseException as error:
+            self._forget(record.id, error)
+            raise
         running.note = partial(note_waits, entry, record)
         try:
             self._fill(running, entry, fn)
@@ -191,13 +195,20 @@ class Life:
             self._failures.bury(entry, final, build_log)
         except (OSError, StoreError) as second:
             error.add_note(f"its log could not be kept: {second}")
+        self._forget(entry.id, error)
         try:
-            self._index.remove(entry.id)
             self._backend.discard(entry.id, entry.attempt)
         except (OSError, StoreError) as second:
             error.add_note(f"what it left is removed at the next open: {second}")
         if build_log:
             build_log.close()
+
+    def _forget(self, id: str, error: BaseException) -> None:
+        """Take from the index what a build announced to it; what goes wrong here is noted on *error*."""
+        try:
+            self._index.remove(id)
+        except (OSError, StoreError) as second:
+            error.add_note(f"the index still names it, until the next open: {second}")
 
     def _entry(self, id: str) -> Entry:
         if (entry := self._backend.result(id)) is None:

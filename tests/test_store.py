@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -22,6 +23,7 @@ from storebackends import (
     Cancelled,
     CommandFailed,
     InvalidId,
+    NoSpace,
     NotFound,
     Store,
     StoreError,
@@ -133,6 +135,20 @@ class TestFailure:
         assert left_in_progress(store.root) == []
 
     @needs("sh")
+    def test_of_the_backend_leaves_no_trace_in_the_index(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        store.build("base", writes()).release()
+
+        def full(*_: object) -> NoReturn:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._backend, "build", full)
+            with pytest.raises(NoSpace):
+                store.build("a", writes(), base="base")
+
+        assert [row.id for row in store._index.rows()] == ["base"]
+        store.delete("base")
+
     def test_of_a_command_names_it_and_its_status(self, store: Store) -> None:
         with pytest.raises(BuildFailed, match="sh ended with status 7") as caught:
             store.build("a", lambda work: work.run(["sh", "-c", "echo out; echo err >&2; exit 7"]))
