@@ -137,7 +137,7 @@ def print_table(outcomes: Sequence[Outcome], facts: Mapping[str, object]) -> Non
         theirs = spread(outcome.theirs, case.unit) if outcome.theirs else ""
         met = ("yes" if outcome.kept else "NO") if outcome.gate else ""
         ours = spread(outcome.ours, case.unit)
-        table.add_row(case.name, ours, case.beside, theirs, f"{ratio:.2f}" if ratio else "", outcome.gate, met)
+        table.add_row(case.name, ours, case.beside, theirs, short_ratio(ratio) if ratio else "", outcome.gate, met)
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 
@@ -155,6 +155,15 @@ def machine() -> dict[str, object]:
 def spread(figures: Sequence[float], unit: str) -> str:
     """The median and the middle half."""
     if len(figures) == 1:
-        return f"{figures[0]:.4g} {unit}"
-    low, middle, high = (f"{quartile:.3g}" for quartile in statistics.quantiles(figures, n=4, method="inclusive"))
+        return f"{_short(figures[0])} {unit}"
+    low, middle, high = (_short(quartile) for quartile in statistics.quantiles(figures, n=4, method="inclusive"))
     return f"{middle} {unit} ({low}–{high})"
+
+
+def short_ratio(ratio: float) -> str:
+    """Two decimals, or one digit of what is less."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
+
+
+def _short(figure: float) -> str:
+    return f"{figure:.3g}" if figure < 1000 else f"{figure:,.0f}"

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from tests.capabilities import PROJECT
 
-from .harness import spread
+from .harness import short_ratio, spread
 
 _BEGIN, _END = "<!-- the runs: written by make bench-docs -->", "<!-- the end of the runs -->"
 _MET, _MISSED = "#1b7837", "#c51b7d"
@@ -48,7 +48,7 @@ def _title(run: dict[str, Any]) -> str:
 
 def _row(case: dict[str, Any]) -> str:
     theirs = spread(case["theirs"], case["unit"]) if case["theirs"] else ""
-    ratio = f"{case['ratio']:.2f}" if case["ratio"] is not None else ""
+    ratio = short_ratio(case["ratio"]) if case["ratio"] is not None else ""
     met = {True: "yes", False: "**no**"}[case["kept"]] if case["gate"] else ""
     words = (case["name"], spread(case["ours"], case["unit"]), case["beside"], theirs, ratio, case["gate"], met)
     return f"| {' | '.join(words)} |"
