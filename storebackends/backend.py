@@ -103,7 +103,7 @@ class Entry:
 
     @property
     def synced(self) -> Path:
-        """An empty file: all of the entry reached the disk (see durability.py)."""
+        """Where it is, all of the entry reached the disk; under `full` its name did, too, if it is not empty."""
         return self.folder / "synced"
 
 

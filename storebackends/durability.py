@@ -4,7 +4,7 @@ A rename can survive a crash that the files' contents do not. So an entry bears 
 is known to be on the disk, and the first open in another boot drops the entries that lack it.
 
     group   publish at once; a barrier in the background, then the marks
-    full    barrier, mark, publish, fsync of the folder; then build() returns
+    full    barrier, mark, publish, fsync of the folder; then build() returns, the builder's and everybody else's
     none    nothing, for throw-away stores
 
 Where there is no syncfs(2) (macOS, Windows) the files are flushed one by one before the rename.
@@ -79,12 +79,23 @@ class Durability:
     def published(self, entry: Entry, attempt: str) -> None:
         """Called after the rename."""
         if self._mode == "full":
-            _fsync_folder(entry.folder.parent)
+            self._name(entry)
         if self.marks_later:
             with self._wake:
                 self._pending[entry.folder] = attempt
                 self._start_thread()
                 self._wake.notify()
+
+    def settle(self, entry: Entry) -> None:
+        """Called before *entry* is given to somebody who did not build it.
+
+        It can be seen as soon as it is renamed, and its builder may be killed before it has that on the disk.
+        """
+        if self._mode == "full" and not _is_named(entry):
+            try:
+                self._name(entry)
+            except OSError as error:
+                log.warning("%s is published, but it is not known to be on the disk: %s", entry.id, error)
 
     def barrier(self) -> None:
         """Bring all that was written before the call to the disk. Raises StoreError where the disk fails."""
@@ -152,6 +163,16 @@ class Durability:
 
     # Inside.
 
+    def _name(self, entry: Entry) -> None:
+        """Bring the rename to the disk, and tell others so by a mark that is not empty any more."""
+        _fsync_folder(entry.folder.parent)
+        with suppress(OSError):  # then the next one syncs once more
+            descriptor = os.open(entry.synced, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0))
+            try:
+                os.write(descriptor, b"named\n")
+            finally:
+                os.close(descriptor)
+
     def _start_thread(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="storebackends-barrier", daemon=True)
@@ -208,6 +229,13 @@ def unsynced(room: Path, boot: str) -> set[str]:
             log.warning("%s", error)
         lost.add(name)
     return lost
+
+
+def _is_named(entry: Entry) -> bool:
+    try:
+        return os.stat(entry.file("synced")).st_size > 0
+    except OSError:
+        return False
 
 
 def _unmarked(room: Path) -> Iterable[tuple[str, str]]:

@@ -9,7 +9,7 @@ import pytest
 from storebackends import StoreError, durability
 from storebackends.opening import open_store
 from tests.capabilities import needs
-from tests.stores import until, writes
+from tests.stores import kept, until, writes
 
 
 def is_marked(root: Path, id: str) -> bool:
@@ -104,6 +104,34 @@ def test_full_marks_before_build_returns(tmp_path: Path) -> None:
         store.build("a", writes(f="1")).release()
 
         assert is_marked(store.root, "a")
+
+
+def test_full_gives_nobody_a_result_whose_name_may_not_be_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    fsync = durability._fsync_folder
+
+    def watch(folder: Path) -> None:
+        synced.append(folder)
+        fsync(folder)
+
+    monkeypatch.setattr(durability, "_fsync_folder", watch)
+    with open_store(backend="copy", path=tmp_path / "store", durability="full") as store:
+        results = store.root / "result"
+        with monkeypatch.context() as patch:  # as if the builder were killed between the rename and what follows it
+            patch.setattr(store._durability, "published", lambda *_: None)
+            store.build("a", writes(f="1")).release()
+        assert results not in synced
+
+        with open_store(backend="copy", path=store.root, durability="full") as other, kept(other, "a"):
+            assert synced[-1] == results
+        synced.clear()
+        store.build("a", writes()).release()
+        store.build("b", writes(f="1")).release()
+        assert synced.count(results) == 1  # of the new one
+        with kept(store, "a"), kept(store, "b"):
+            assert synced.count(results) == 1
 
 
 def test_none_marks_nothing(tmp_path: Path) -> None:
