@@ -85,7 +85,11 @@ def cut_often(kind: Kind, durability: str, times: int, ground: Path, tmp_path: P
     with cuts(kind, durability, ground, checker, rng) as boots:
         problems = [f"boot {n}: {problem}" for n, found in enumerate(islice(boots, times)) for problem in found]
 
-    print(f"{checker.promises} promises, {checker.wholes} whole, {checker.losses} lost that were not promised", *problems, sep="\n")
+    print(
+        f"{checker.promises} promises, {checker.wholes} whole, {checker.losses} lost that were not promised",
+        *problems,
+        sep="\n",
+    )
     assert problems == []
     assert checker.promises >= times, "too little was promised for this to mean anything"
 
