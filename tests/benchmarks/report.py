@@ -74,7 +74,7 @@ def _plot(runs: Sequence[dict[str, Any]]) -> Figure:
     axes.set_xscale("log")
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(
-        "ours / theirs, green where the gate is met; the gate is a triangle, which points to where the ratio has to be",
+        "ours / theirs, green where the gate is met: the triangle, which points to where the ratio has to be",
         fontsize=8,
     )
     axes.set_title("\n".join(_title(run) for run in runs), fontsize=8)
