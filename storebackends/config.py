@@ -162,7 +162,9 @@ def _absolute(path: Path) -> Path:
     path = Path(os.path.expanduser(path))
     if not path.is_absolute():
         raise ValueError("should be an absolute path, or start with ~/")
-    os.path.realpath(path)  # ValueError for what no file system can hold, such as a NUL
+    if "\0" in str(path):  # Windows' realpath() passes it over
+        raise ValueError("no file system can hold a NUL")
+    os.path.realpath(path)  # ValueError for what else none can hold
     return path
 
 

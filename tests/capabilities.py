@@ -221,6 +221,12 @@ def _symlinks() -> None:
             raise OSError("links are not made, and nothing says so")
 
 
+@probe("modes", "use a POSIX system")
+def _modes() -> None:
+    if sys.platform == "win32":
+        raise OSError("Windows has no permission bits")
+
+
 @probe("syncfs", "use Linux")
 def _syncfs() -> None:
     _linux("syncfs()")

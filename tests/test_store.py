@@ -29,6 +29,7 @@ from storebackends import (
     StoreError,
     Workspace,
 )
+from tests import capabilities
 from tests.capabilities import needs
 from tests.stores import WAIT, descriptors, files, kept, left_in_progress, open_copy, python, until, writes
 
@@ -134,7 +135,6 @@ class TestFailure:
         assert store.result("a") is None
         assert left_in_progress(store.root) == []
 
-    @needs("sh")
     def test_of_the_backend_leaves_no_trace_in_the_index(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         store.build("base", writes()).release()
 
@@ -149,6 +149,7 @@ class TestFailure:
         assert [row.id for row in store._index.rows()] == ["base"]
         store.delete("base")
 
+    @needs("sh")
     def test_of_a_command_names_it_and_its_status(self, store: Store) -> None:
         with pytest.raises(BuildFailed, match="sh ended with status 7") as caught:
             store.build("a", lambda work: work.run(["sh", "-c", "echo out; echo err >&2; exit 7"]))
@@ -342,7 +343,7 @@ class TestDelete:
     def test_of_a_leased_result_is_busy_and_names_the_holder(self, store: Store) -> None:
         result = store.build("a", writes(f="1"))
 
-        with pytest.raises(Busy, match="this process"):
+        with pytest.raises(Busy, match="this process" if capabilities.look("proc").usable else "another process"):
             store.delete("a")
         result.release()
         store.delete("a")
@@ -536,6 +537,7 @@ class TestKill:
             os.killpg(builder.pid, signal.SIGKILL) if _alive(builder.pid) else None
             _end_strays(root)
 
+    @needs("proc", "sh")
     def test_leaves_nothing_after_the_next_open_but_its_log(self, tmp_path: Path) -> None:
         root = tmp_path / "store"
         builder = python(KILLED.replace("while :; do", "while :; do sleep 1;"), root)
@@ -603,6 +605,7 @@ class TestHostileFunction:
 
         self.fails(store, fn, "ValueError")
 
+    @needs("symlinks")
     def test_that_links_out_of_its_tree_reaches_nothing(self, store: Store, tmp_path: Path) -> None:
         (tmp_path / "outside").mkdir()
         (tmp_path / "f").write_text("in")
@@ -669,6 +672,7 @@ class TestHostileFunction:
         assert left_in_progress(store.root) == []
 
 
+@needs("modes")
 def test_the_root_and_all_in_it_are_closed_to_others(store: Store) -> None:
     store.build("a", writes(f="1")).release()
 
@@ -685,7 +689,7 @@ def test_importing_and_building_needs_no_helper_program(tmp_path: Path) -> None:
     """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "store")],
-        env={"PATH": "/nowhere"},
+        env={**os.environ, "PATH": "/nowhere"},
         capture_output=True,
         text=True,
     )

@@ -63,6 +63,7 @@ class TestRun:
 
         inside(store, fn)
 
+    @needs("sh")
     def test_in_a_folder_of_the_tree(self, store: Store) -> None:
         def fn(work: Workspace) -> None:
             (work.path / "sub").mkdir()
@@ -168,6 +169,7 @@ def _runs(pid: int) -> bool:
 
 
 class TestCopyIn:
+    @needs("symlinks")
     def test_copies_files_links_and_folders_with_their_metadata(self, store: Store, tmp_path: Path) -> None:
         source = tmp_path / "source"
         (source / "sub").mkdir(parents=True)
