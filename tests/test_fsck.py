@@ -141,11 +141,11 @@ class TestDamage:
         "change",
         [
             lambda path: path.write_text("taxt"),
-            lambda path: path.chmod(0o600),
+            pytest.param(lambda path: path.chmod(0o600), marks=needs("modes")),
             lambda path: path.unlink(),
             lambda path: path.rename(path.with_name("other")),
             lambda path: (path.parent / "more").mkdir(),
-            lambda path: path.parent.chmod(0o700),
+            pytest.param(lambda path: path.parent.chmod(0o700), marks=needs("modes")),
             lambda path: (path.unlink(), path.symlink_to("text")),
         ],
         ids=["bytes", "mode", "removed", "renamed", "added", "top", "type"],
@@ -356,6 +356,7 @@ class TestElsewhere:
         assert [(finding.kind, finding.what) for finding in report.findings] == [("mount", str(point))]
         assert not report.is_clean
 
+    @needs("syncfs")
     def test_what_is_not_known_to_be_on_the_disk_is_brought_there(self, tmp_path: Path) -> None:
         with open_store(backend="copy", path=tmp_path / "store", durability="group") as store:
             store.build("new", writes(f="1")).release()
