@@ -6,8 +6,6 @@ The stand-in keeps volumes as names in a file and runs nothing: this is about th
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,9 @@ from storebackends import NoSpace, NotSupported, Store, StoreError
 from storebackends.plugin import CommandFailed
 from storebackends_docker.daemon import Daemon, mount
 from storebackends_docker.inside import Linux, Windows
+from tests.standins import stand_in
 
 CLIENT = """\
-#!{python}
 import json, os, sys
 room, words = {room!r}, sys.argv[1:]
 with open(room + "/calls", "a") as calls:
@@ -45,10 +43,7 @@ elif words[:2] == ["volume", "rm"]:
 def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with what was said to the stand-in, which is first on PATH."""
     folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "docker").write_text(CLIENT.format(python=sys.executable, room=str(folder)))
-    (folder / "docker").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    stand_in(folder, "docker", CLIENT.format(room=str(folder)), monkeypatch)
     return folder
 
 
@@ -63,7 +58,6 @@ def opened(tmp_path: Path) -> Store:
     )
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a script as a program")
 class TestWindowsContainers:
     def test_a_build_is_cloned_by_robocopy_and_runs_in_c_build(self, tmp_path: Path, room: Path) -> None:
         source = tmp_path / "file"

@@ -29,6 +29,7 @@ from storebackends_hcs.ctr import Mount, parse_mounts
 from storebackends_hcs.driver import HcsBackend
 from tests.capabilities import MIB, needs
 from tests.containerd import Daemon, archive, left, running
+from tests.standins import stand_in
 from tests.stores import files, writes
 
 SNAPSHOTTERS = [
@@ -118,6 +119,15 @@ def test_a_windows_container_gets_the_layers_lowest_last_but_for_its_own() -> No
     }
 
 
+CTR = """\
+import sys
+with open({calls!r}, "a") as calls:
+    print(*sys.argv[1:], file=calls)
+if "prepare" in sys.argv:
+    print({answer!r})
+"""
+
+
 class OnWindows(HcsBackend):
     host = WindowsHost
 
@@ -125,19 +135,13 @@ class OnWindows(HcsBackend):
 @pytest.fixture
 def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HcsBackend:
     """The driver as it is on Windows, with a ctr that answers as one there and notes what it was asked."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "answer").write_bytes(LAYER)
-    ctr = tmp_path / "bin" / "ctr"
-    ctr.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\ncase "$*" in *prepare*) cat {tmp_path}/answer;; esac\n')
-    ctr.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    stand_in(tmp_path / "bin", "ctr", CTR.format(calls=str(tmp_path / "calls"), answer=LAYER.decode()), monkeypatch)
     (tmp_path / "store").mkdir()
     backend = OnWindows(tmp_path / "store", HcsOptions(snapshotter="windows"), "uuid")
     backend.open()
     return backend
 
 
-@needs("bash")
 def test_on_windows_a_step_is_prepared_run_in_a_container_and_committed(windows: HcsBackend, tmp_path: Path) -> None:
     entry = windows.build("id", None, "a1")
     with pytest.raises(NotSupported):
@@ -154,7 +158,6 @@ def test_on_windows_a_step_is_prepared_run_in_a_container_and_committed(windows:
     assert calls == [f"prepare --mounts {key}", f"commit {key}-committed {key}"]
 
 
-@needs("bash")
 @pytest.mark.parametrize("cwd", ["..", "a/../..", "/x", "\\x", "C:\\x", ""])
 def test_on_windows_no_program_runs_outside_of_the_tree(windows: HcsBackend, cwd: str) -> None:
     entry = windows.build("id", None, "a1")
