@@ -356,8 +356,8 @@ class Store:
     def _lend(self, entry: Entry, lease: Lease, outcome: str) -> Result:
         if outcome != "built":
             self._durability.settle(entry)
-        if self._events.heard and outcome != "built":
-            self._events.tell(Hit if outcome == "hit" else Attached, id=entry.id)
+            if self._events.heard:
+                self._events.tell(Hit if outcome == "hit" else Attached, id=entry.id)
         return Result(entry, lease, outcome, self._show)
 
     def _show(self, result: Result) -> AbstractContextManager[Path]:
