@@ -47,7 +47,7 @@ soak: $(READY) packages ## the long tests
 bench: $(READY) packages ## measure, compare and hold to the ratios promised
 	.ci/bench dist/benchmarks
 
-bench-docs: ## write the figures of the last `make bench` into the documentation
+bench-docs: $(READY) ## write the figures of the last `make bench` into the documentation
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --group report
 	$(BIN)/python -m tests.benchmarks.report dist/benchmarks/*.json
 

@@ -100,7 +100,7 @@ def unmount(target: str | os.PathLike[str]) -> bool:
             threading.Event().wait(_PAUSE)
     if number not in (*_NOTHING_THERE, errno.EBUSY):
         raise _explained(f"unmount {point}", number)
-    inner = below(point)[-1].path
+    inner = [point, *(found.path for found in below(point))][-1]  # it may have become free just now
     held = list(holders(inner))
     raise Busy(inner, f"{', '.join(held) or 'a process that cannot be seen'} has it in use; end that", held)
 
