@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
-import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -18,6 +14,8 @@ import storebackends
 from storebackends import Store
 from storebackends.ids import new_attempt
 from storebackends_overlay import probe
+from tests.capabilities import look
+from tests.containerd import running
 from tests.stores import writes
 
 from .harness import Case, microseconds_each, milliseconds, scratch
@@ -57,11 +55,13 @@ def _beside_calls(size: int, store: Store, folder: Path) -> Iterator[Case]:
 
 
 def _beside_containerd(store: Store, folder: Path) -> Iterator[Case]:
-    if shutil.which("containerd") is None or shutil.which("ctr") is None:
-        _skip("overlay beside containerd", "containerd is not installed")
+    if not (answer := look("containerd")).usable:
+        _skip("overlay beside containerd", answer.reason)
         return
-    with _containerd(folder) as ctr:
-        ctr("prepare", "k", "")
+    folder.mkdir()
+    with running(folder) as daemon:
+        ctr = partial(daemon.ctr, "snapshots", "--snapshotter", "overlayfs")
+        ctr("prepare", "k")
         ctr("commit", "base", "k")
         yield Case(
             "overlay: step, and its deletion",
@@ -110,47 +110,7 @@ def _bare(folder: Path, layers: list[Path], times: int) -> None:
         os.rename(f"{entry}~", entry)
 
 
-class _Ctr:
-    """`ctr snapshots`, each call a program as its users run it."""
-
-    def __init__(self, socket: Path) -> None:
-        self._argv = ["ctr", "--address", str(socket), "snapshots", "--snapshotter", "overlayfs"]
-
-    def __call__(self, *words: str) -> None:
-        argv = [*self._argv, *(word for word in words if word)]
-        subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, capture_output=True)
-
-
-def _snapshot(ctr: _Ctr) -> None:
+def _snapshot(ctr: Callable[..., object]) -> None:
     ctr("prepare", "key", "base")
     ctr("commit", "result", "key")
     ctr("rm", "result")
-
-
-@contextmanager
-def _containerd(folder: Path) -> Iterator[_Ctr]:
-    """A daemon of our own, ended with the block."""
-    folder.mkdir()
-    socket, config = folder / "socket", folder / "config.toml"
-    lines = [f'root = "{folder}/root"', f'state = "{folder}/state"', 'disabled_plugins = ["io.containerd.grpc.v1.cri"]']
-    config.write_text("\n".join(["version = 2", *lines, "[grpc]", f'address = "{socket}"']))
-    with (folder / "log").open("wb") as log:
-        daemon = subprocess.Popen(["containerd", "--config", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        ctr = _Ctr(socket)
-        _await(lambda: ctr("ls"), daemon)
-        yield ctr
-    finally:
-        daemon.terminate()
-        daemon.wait()
-
-
-def _await(ready: Callable[[], object], daemon: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
-        with suppress(subprocess.CalledProcessError):
-            ready()
-            return
-        if daemon.poll() is not None:
-            break
-        threading.Event().wait(0.1)
-    raise OSError(f"containerd did not come up: {daemon.args!r}")
